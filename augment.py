@@ -1,0 +1,86 @@
+"""What happens to images between the data set and the network, in whole batches on any device.
+
+Every random choice of an epoch stands in one table, made on the CPU from (seed, epoch). Both loaders read it, so
+that the pixels depend neither on the loader nor on the number of workers or processes.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZE = 32
+PADDING = 4
+# The published constants. STD is a mean of per-image deviations; per pixel it would be 0.2470, 0.2435, 0.2616.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
+
+
+class Draws(NamedTuple):
+    """The draws of an epoch, one row per position in its order; each field (N,), on the CPU."""
+
+    index: Tensor  # int64, which image comes at this position
+    top: Tensor  # int64, 0 to 8: upper edge of the crop in the padded image
+    left: Tensor  # int64, 0 to 8
+    flip: Tensor  # bool
+
+    def rows(self, chosen: slice | Tensor) -> "Draws":
+        """Take some positions of the table."""
+        return Draws(*(field[chosen] for field in self))
+
+
+def draw_epoch(count: int, seed: int, epoch: int) -> Draws:
+    """Draw order, crop and flip of `count` images for one epoch; the same for the same arguments, on any machine."""
+    rng = np.random.default_rng([seed, epoch])
+    offsets = rng.integers(0, 2 * PADDING + 1, (2, count))
+    return Draws(torch.from_numpy(rng.permutation(count)), torch.from_numpy(offsets[0]),
+                 torch.from_numpy(offsets[1]), torch.from_numpy(rng.random(count) < 0.5))
+
+
+def reflect(position: Tensor) -> Tensor:
+    """Fold positions of the padded image (-4 to 35) back into 0 to 31, without repeating the edge."""
+    last = SIZE - 1
+    return last - (last - position.abs()).abs()
+
+
+def crop_and_flip(images: Tensor, draws: Draws) -> Tensor:
+    """Cut the drawn 32x32 windows out of reflect-padded images, and mirror the drawn ones, in one gather.
+
+    Args:
+        images: The whole set, (M, 32, 32, 3) uint8.
+        draws: N rows of a table, on the device of `images`.
+
+    Returns:
+        (N, 32, 32, 3) uint8.
+    """
+    steps = torch.arange(SIZE, device=images.device)
+    rows = reflect(draws.top[:, None] + steps - PADDING)  # (N, 32)
+    columns = torch.where(draws.flip[:, None], SIZE - 1 - steps, steps)
+    columns = reflect(draws.left[:, None] + columns - PADDING)  # (N, 32)
+    pixels = (draws.index[:, None] * SIZE + rows)[:, :, None] * SIZE + columns[:, None, :]  # (N, 32, 32)
+    # index_select copies whole pixels: over twice as fast on a CPU as indexing with three tensors
+    return images.view(-1, 3).index_select(0, pixels.view(-1)).view(-1, SIZE, SIZE, 3)
+
+
+def to_input(images: Tensor, normalize: bool = True) -> Tensor:
+    """Turn bytes into the network's input, to the bit as torchvision's ToTensor and Normalize do.
+
+    Args:
+        images: (N, 32, 32, 3) uint8.
+        normalize: Subtract MEAN and divide by STD; without it the values lie in [0, 1].
+
+    Returns:
+        (N, 3, 32, 32) float32, channels last in memory.
+    """
+    inputs = images.permute(0, 3, 1, 2).float().div_(255)
+    if normalize:
+        mean, std = _constants(images.device)
+        inputs.sub_(mean).div_(std)
+    return inputs
+
+
+@cache  # a copy to a GPU at every batch would wait for it
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))

@@ -1,0 +1,64 @@
+"""Optimisers and learning rate schedules."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+# Each with the lr that --lr stands for when it is not given.
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, 0.1),
+    "adam": (torch.optim.Adam, 1e-3),
+    "adamw": (torch.optim.AdamW, 1e-3),
+    "rmsprop": (torch.optim.RMSprop, 1e-3),
+    "adagrad": (torch.optim.Adagrad, 1e-2),
+    "adadelta": (torch.optim.Adadelta, 1.0),
+}
+USES_MOMENTUM = ("sgd", "rmsprop")
+SCHEDULERS = ("cosine", "onecycle", "constant")
+
+
+def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, momentum: float, nesterov: bool,
+                    weight_decay: float) -> torch.optim.Optimizer:
+    """Make an optimiser, in the fused form where torch has one for the parameters' device."""
+    parameters = list(parameters)
+    settings = {"lr": lr, "weight_decay": weight_decay}
+    if name in USES_MOMENTUM:
+        settings["momentum"] = momentum
+    if name == "sgd":
+        settings["nesterov"] = nesterov
+    if name in ("sgd", "adam", "adamw") and parameters[0].device.type in ("cuda", "cpu"):
+        settings["fused"] = True  # one kernel over all parameters; elsewhere torch picks foreach where it can
+    return OPTIMIZERS[name][0](parameters, **settings)
+
+
+def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
+    """Give what the lr is multiplied by at a step, 0 <= step <= total_steps.
+
+    `cosine` is SGDR's single period (arXiv 1608.03983): at the epoch boundaries the values of CosineAnnealingLR
+    stepped by epoch, and 0 at the end. `onecycle` is OneCycleLR's cosine form (arXiv 1708.07120) at its defaults:
+    from 1/25 up to 1 over 30 % of the steps, then down to 1/250000. Momentum stays as it is.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if scheduler == "constant":
+        return 1.0
+    if scheduler == "onecycle":
+        peak = 0.3 * total_steps - 1
+        if step <= peak:
+            return _cosine(1 / 25, 1.0, step / peak)
+        return _cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / (total_steps - 1 - peak)))
+    return _cosine(1.0, 0.0, (step - warmup_steps) / (total_steps - warmup_steps))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch: int, epochs: int,
+                    warmup_epochs: float) -> lr_scheduler.LambdaLR:
+    """Make the schedule; it is stepped after every optimiser step."""
+    total, warmup = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
+    return lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, name))
