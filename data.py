@@ -1,0 +1,321 @@
+"""From CIFAR-10's batch files to batches on the device: folders, download, splits, and the two loaders.
+
+CIFAR-10 is from Learning Multiple Layers of Features from Tiny Images, A. Krizhevsky, 2009.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as transforms
+from tqdm import tqdm
+
+import augment
+import batches
+import synthetic
+from utils import Processes, UserError
+
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+MD5 = "c58f30108f718f92721af3b95e74349a"
+FOLDER = "cifar-10-batches-py"
+SYNTHETIC_FOLDER = "synthetic-10-batches-py"
+TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+TEST_FILES = ("test_batch",)
+META_FILE = "batches.meta"
+SPLIT_SEED = 20090408  # of --val-size alone, so that runs with different --seed hold out the same images
+
+
+class Split(NamedTuple):
+    """Images and their labels, in the files' order."""
+
+    images: Tensor  # (N, 32, 32, 3) uint8
+    targets: Tensor  # (N,) int64
+    classes: list[str]  # ten names
+
+
+# --- folders and files -----------------------------------------------------------------------------------------------
+
+
+def find_folder(data_dir: str) -> Path | None:
+    """Find the folder of the batch files: below `data_dir`, or that folder itself."""
+    root = Path(data_dir)
+    for folder in (root / FOLDER, root):
+        if any((folder / name).exists() for name in TRAIN_FILES + TEST_FILES):
+            return folder
+    return None
+
+
+def prepare_folder(data_dir: str, use_synthetic: bool, download: bool, files: Sequence[str]) -> Path:
+    """Make sure that the batch files are there, by downloading or drawing them if need be.
+
+    Raises:
+        UserError: They are not, and cannot be had.
+    """
+    if use_synthetic:
+        folder = Path(data_dir) / SYNTHETIC_FOLDER
+        synthetic.write(folder, files)
+        return folder
+    folder = find_folder(data_dir)
+    if folder is None and download:
+        folder = download_archive(Path(data_dir))
+    if folder is None:
+        raise UserError(f"no CIFAR-10 in {data_dir}: expected a folder {FOLDER} with {TRAIN_FILES[0]} and so on; "
+                        "leave out --no-download to fetch it, or try --synthetic")
+    return folder
+
+
+def load_split(data_dir: str, files: Sequence[str], use_synthetic: bool, download: bool, limit: int | None) -> Split:
+    """Read batch files until `limit` images are there."""
+    if use_synthetic and limit is not None:  # only as many files as are needed have to be drawn
+        files = files[:-(-limit // synthetic.IMAGES_PER_FILE)]
+    folder = prepare_folder(data_dir, use_synthetic, download, files)
+    parts, count = [], 0
+    for name in files:
+        if limit is None or count < limit:
+            parts.append(batches.read_labelled(folder / name))
+            count += len(parts[-1][1])
+    if limit is not None and count < limit:
+        raise UserError(f"{folder} holds {count} images in {', '.join(files)}, fewer than the limit of {limit}")
+    images, targets = (np.concatenate(arrays)[:limit] for arrays in zip(*parts, strict=True))
+    meta = folder / META_FILE
+    names = batches.read_label_names(meta) if meta.exists() else list(batches.CLASSES)
+    return Split(torch.from_numpy(images), torch.from_numpy(targets), names)
+
+
+def load_train(data_dir: str, synthetic: bool = False, download: bool = True, limit: int | None = None) -> Split:
+    """Read the training set, or its first `limit` images."""
+    return load_split(data_dir, TRAIN_FILES, synthetic, download, limit)
+
+
+def load_test(data_dir: str, synthetic: bool = False, download: bool = True, limit: int | None = None) -> Split:
+    """Read the test set, or its first `limit` images."""
+    return load_split(data_dir, TEST_FILES, synthetic, download, limit)
+
+
+def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
+    """Divide a training set into what is trained on and `val_size` images for validation.
+
+    The held-out images are balanced over the classes and drawn by a fixed seed, the same for every `--seed`.
+
+    Raises:
+        UserError: A class has too few images.
+    """
+    order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(split.targets)))
+    chosen = []
+    for label in range(10):
+        share = val_size // 10 + (label < val_size % 10)
+        members = order[split.targets[order] == label]
+        if len(members) <= share:
+            raise UserError(f"--val-size {val_size} takes {share} images of class {split.classes[label]}, "
+                            f"which has {len(members)}; choose a smaller one")
+        chosen.append(members[:share])
+    held_out = torch.zeros(len(split.targets), dtype=torch.bool)
+    held_out[torch.cat(chosen)] = True
+    return tuple(Split(split.images[rows], split.targets[rows], split.classes) for rows in (~held_out, held_out))
+
+
+# --- download --------------------------------------------------------------------------------------------------------
+
+
+def download_archive(data_dir: Path, url: str = URL, md5: str = MD5) -> Path:
+    """Fetch the official archive, check it, and unpack its batch files into `data_dir`.
+
+    Returns:
+        The new folder; it appears whole or not at all.
+
+    Raises:
+        UserError: There is no network, the checksum differs, or the folder cannot be written.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
+            archive, folder = Path(scratch) / "archive.tar.gz", Path(scratch) / FOLDER
+            found = fetch(url, archive)
+            if found != md5:
+                raise UserError(f"the archive from {url} has MD5 {found}, expected {md5}; try again later")
+            folder.mkdir()
+            unpack(archive, folder)
+            os.replace(folder, data_dir / FOLDER)
+    except OSError as error:  # urllib's URLError is one, too
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"CIFAR-10 cannot be fetched from {url} ({reason}); put its batch files into "
+                        f"{data_dir / FOLDER} by hand, or try --synthetic") from error
+    return data_dir / FOLDER
+
+
+def fetch(url: str, path: Path) -> str:
+    """Download a file with a progress bar; return its MD5 in hexadecimal digits."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
+        length = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=length or None, unit="B", unit_scale=True, desc=f"fetching {Path(url).name}") as bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    return digest.hexdigest()
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the known batch files, as plain files and by their base names, and nothing else.
+
+    Raises:
+        UserError: One of them is missing, no plain file, or too large.
+    """
+    wanted = {*TRAIN_FILES, *TEST_FILES, META_FILE}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                name = member.name.removeprefix(f"{FOLDER}/")
+                if name not in wanted:  # also every absolute path and every ..
+                    continue
+                if not member.isfile() or member.size > batches.MAX_BYTES:
+                    raise UserError(f"{archive.name}: {member.name} is no plain file of sensible size")
+                with tar.extractfile(member) as source, open(folder / name, "wb") as target:
+                    shutil.copyfileobj(source, target)
+                wanted.remove(name)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{archive.name} cannot be unpacked ({error})") from error
+    if wanted:
+        raise UserError(f"{archive.name} holds no {', '.join(sorted(wanted))}")
+
+
+# --- loaders ---------------------------------------------------------------------------------------------------------
+
+
+class Loader:
+    """What both loaders share: which images of which batch belong to this process.
+
+    Args:
+        split: The training set.
+        batch_size: Of all processes together; the last batch of an epoch holds what is left.
+        device: Where batches are wanted.
+        seed: Of the table of draws.
+        augment: Crop and mirror.
+        normalize: Subtract the mean and divide by the std.
+        processes: Each takes its part of the same global batch.
+    """
+
+    def __init__(self, split: Split, batch_size: int, device: torch.device, seed: int, augment: bool = True,
+                 normalize: bool = True, processes: Processes | None = None):
+        self.images, self.targets = split.images, split.targets
+        self.batch_size, self.device, self.seed = batch_size, device, seed
+        self.augment, self.normalize = augment, normalize
+        self.processes = processes or Processes()
+
+    def __len__(self) -> int:
+        """Count the steps of an epoch."""
+        return -(-len(self.targets) // self.batch_size)
+
+    def count(self, step: int) -> int:
+        """Count the images of a global batch."""
+        return min(self.batch_size, len(self.targets) - step * self.batch_size)
+
+    def part(self, step: int) -> slice:
+        """Give this process's positions in the order of the epoch; the first processes take what does not divide."""
+        share, rest = divmod(self.count(step), self.processes.size)
+        rank = self.processes.rank
+        start = step * self.batch_size + rank * share + min(rank, rest)
+        return slice(start, start + share + (rank < rest))
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (inputs (n, 3, 32, 32) float32, targets (n,) int64) of each step; n can be 0 in the last batch."""
+        raise NotImplementedError
+
+
+class DeviceLoader(Loader):
+    """The whole set as bytes in the device's memory; batches are cut, mirrored and normalised there."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = augment.draw_epoch(len(self.targets), self.seed, epoch)
+        draws = augment.Draws(*(field.to(self.device) for field in draws))  # once an epoch: about a megabyte
+        for step in range(first_step, len(self)):
+            rows = draws.rows(self.part(step))
+            images = augment.crop_and_flip(self.images, rows) if self.augment else self.images[rows.index]
+            yield augment.to_input(images, self.normalize), self.targets[rows.index]
+
+
+class WorkersLoader(Loader):
+    """The published way: torchvision's transforms, image by image, in a DataLoader's worker processes.
+
+    Args:
+        workers: Worker processes; at most the number of cores is used.
+        start_method: Of the workers: fork, spawn or forkserver; None is the platform's default.
+    """
+
+    def __init__(self, *args, workers: int = 16, start_method: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        workers = min(workers, os.cpu_count() or 1)
+        context = multiprocessing.get_context(start_method) if workers else None
+        self.sampler = DrawSampler()
+        self.loader = DataLoader(
+            ImageDataset(self.images, self.targets, self.augment, self.normalize), batch_sampler=self.sampler,
+            num_workers=workers, persistent_workers=workers > 0, multiprocessing_context=context,
+            worker_init_fn=ignore_interrupt, collate_fn=collate, pin_memory=self.device.type == "cuda")
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = augment.draw_epoch(len(self.targets), self.seed, epoch)
+        self.sampler.batches = [list(zip(*(field.tolist() for field in draws.rows(self.part(step))), strict=True))
+                                for step in range(first_step, len(self))]
+        for inputs, targets in self.loader:
+            yield (inputs.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
+                   targets.to(self.device, non_blocking=True))
+
+
+class DrawSampler:
+    """Hand the draws of every image to the workers, which thereby need to know of no epoch."""
+
+    def __init__(self):
+        self.batches: list[list[tuple[int, int, int, bool]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, bool]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class ImageDataset(Dataset):
+    """Transform single images by torchvision, with the draws handed in."""
+
+    def __init__(self, images: Tensor, targets: Tensor, augment: bool, normalize: bool):
+        self.images, self.targets, self.augment, self.normalize = images, targets, augment, normalize
+
+    def __getitem__(self, draw: tuple[int, int, int, bool]) -> tuple[Tensor, Tensor]:
+        index, top, left, flip = draw
+        image = transforms.to_pil_image(self.images[index].numpy())
+        if self.augment:
+            image = transforms.pad(image, augment.PADDING, padding_mode="reflect")
+            image = transforms.crop(image, top, left, augment.SIZE, augment.SIZE)
+            image = transforms.hflip(image) if flip else image
+        image = transforms.to_tensor(image)
+        return transforms.normalize(image, augment.MEAN, augment.STD) if self.normalize else image, self.targets[index]
+
+
+def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Stack a batch, which has no image where there are more processes than images left."""
+    if not items:
+        return torch.empty(0, 3, augment.SIZE, augment.SIZE), torch.empty(0, dtype=torch.int64)
+    images, targets = zip(*items, strict=True)
+    return torch.stack(images), torch.stack(targets)
+
+
+def ignore_interrupt(_: int) -> None:
+    """Leave Ctrl-C to the main process, which finishes its step and then ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

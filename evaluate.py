@@ -1,0 +1,259 @@
+"""What a trained network says: logits, scores, per-class report, labels for a hidden test set."""
+
+import csv
+import io
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import batches
+import data
+import device as devices
+import models
+import options
+import plots
+from augment import SIZE, to_input
+from utils import Processes, UserError, load_checkpoint, load_weights, write_text
+
+BATCH_SIZE = 1000
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+MAX_PIXELS = 50_000_000  # of one image file: a small file can claim to be a huge picture
+CALIBRATION_BINS = 15
+
+
+@torch.inference_mode()
+def predict_logits(model: nn.Module, images: Tensor, device: torch.device, precision: str = "fp32",
+                   normalize: bool = True, tta: bool = False, processes: Processes | None = None) -> Tensor:
+    """Run a network over images, in evaluation mode; every process of several takes its share of the batches.
+
+    Args:
+        model: On `device`; left in the mode that it was in.
+        images: (N, 32, 32, 3) uint8, anywhere.
+        device: Where to compute.
+        precision: fp32, bf16 or fp16.
+        normalize: As the network was trained.
+        tta: Average the log-probabilities over each image and its mirror image.
+        processes: Those that share the work; all of them get the whole result.
+
+    Returns:
+        (N, 10) float32 on `device`; with `tta` log-probabilities, which softmax leaves as they are.
+    """
+    processes = processes or Processes()
+    training = model.training
+    model.eval()
+    outputs = torch.zeros(len(images), 10, device=device)
+    for start in range(processes.rank * BATCH_SIZE, len(images), processes.size * BATCH_SIZE):
+        inputs = to_input(images[start:start + BATCH_SIZE].to(device), normalize)
+        with devices.autocast(device, precision):
+            logits = model(inputs).float()
+            if tta:
+                mirrored = model(inputs.flip(3)).float()
+                probabilities = (logits.softmax(1) + mirrored.softmax(1)) / 2
+                logits = probabilities.clamp_min(1e-30).log()
+        outputs[start:start + BATCH_SIZE] = logits
+    model.train(training)
+    return processes.sum(outputs)
+
+
+def score(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Give the mean loss and the accuracy in percent of logits (N, 10) against targets (N,)."""
+    targets = targets.to(logits.device)
+    return {"loss": F.cross_entropy(logits, targets).item(),
+            "accuracy": 100 * (logits.argmax(1) == targets).float().mean().item()}
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
+    """Count (10, 10) int64 on the CPU: rows are the true classes, columns the predicted ones."""
+    pairs = targets.to(logits.device) * 10 + logits.argmax(1)
+    return torch.bincount(pairs, minlength=100).view(10, 10).cpu()
+
+
+def per_class(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Give count, precision, recall and one-against-rest accuracy of each class, in percent.
+
+    A precision or recall of no image at all is None.
+    """
+    total, rows = int(confusion.sum()), []
+    for i, name in enumerate(classes):
+        hits, count, guesses = int(confusion[i, i]), int(confusion[i].sum()), int(confusion[:, i].sum())
+        rows.append({"class": name, "count": count,
+                     "precision": 100 * hits / guesses if guesses else None,
+                     "recall": 100 * hits / count if count else None,
+                     "accuracy": 100 * (total - count - guesses + 2 * hits) / total})
+    return rows
+
+
+def calibration_error(logits: Tensor, targets: Tensor) -> float:
+    """Give the expected calibration error in percent, over 15 bins of confidence (arXiv 1706.04599)."""
+    confidence, guess = logits.float().softmax(1).max(1)
+    hits = (guess == targets.to(logits.device)).float()
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    gaps = torch.zeros(CALIBRATION_BINS, device=logits.device).index_add_(0, bins, confidence - hits)
+    return 100 * gaps.abs().sum().item() / len(targets)
+
+
+def report(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """Collect what results.json says of a set of images: per class, and calibration."""
+    return {"per_class": per_class(confusion_matrix(logits, targets), classes),
+            "calibration_error": calibration_error(logits, targets)}
+
+
+def format_report(found: dict[str, Any]) -> str:
+    """Lay a report out as a table for the terminal; in percent."""
+    lines = [f"{'class':<12}{'images':>8}{'precision':>11}{'recall':>9}{'accuracy':>10}"]
+    for row in found["per_class"]:
+        cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("precision", "recall", "accuracy"))
+        lines.append("{:<12}{:>8}{:>11}{:>9}{:>10}".format(row["class"], row["count"], *cells))
+    return "\n".join([*lines, f"expected calibration error {found['calibration_error']:.2f} %"])
+
+
+# --- the two modes ---------------------------------------------------------------------------------------------------
+
+
+def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | None = None
+               ) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the network that a checkpoint was trained with, and load it; a published checkpoint is the default one.
+
+    Args:
+        path: A best.pt or last.pt, or a checkpoint of the published code.
+        device: Where the network is wanted.
+        given: Flags from the command line; they may say what the checkpoint does not, and must not contradict it.
+
+    Returns:
+        The network in evaluation mode, and `classes`, `normalize` and `args` of its training.
+
+    Raises:
+        UserError: The file is no such checkpoint.
+    """
+    checkpoint, given = load_checkpoint(path), given or {}
+    saved = checkpoint["args"]
+    options.refuse_changes(given, saved, (*options.MODEL_FLAGS, "normalize"), "leave it out")
+    try:
+        model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
+    load_weights(model, checkpoint["model"], path)
+    info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
+            "normalize": saved.get("normalize", given.get("normalize", True)), "args": saved}
+    return model.to(device, memory_format=torch.channels_last).eval(), info
+
+
+def run_evaluate(args: Namespace, given: dict[str, Any]) -> None:
+    """Print accuracy, loss and the per-class report of `--checkpoint` on the test set; draw pictures if asked to."""
+    device = devices.pick_device(args.device)
+    model, info = load_model(args.checkpoint, device, given)
+    test = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
+    logits = predict_logits(model, test.images, device, devices.pick_precision(args.precision, device),
+                            info["normalize"], args.tta)
+    found = score(logits, test.targets)
+    print(f"{args.checkpoint}: test accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}, "
+          f"{len(test.targets):,} images" + (", with mirror images" if args.tta else ""))
+    print(format_report(report(logits, test.targets, test.classes)))
+    if args.output:
+        draw_pictures(Path(args.output), logits, test)
+        print(f"pictures in {args.output}")
+
+
+def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
+    """Draw confusion.png, and the most confident errors as mistakes.png.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be made ({error.strerror})") from error
+    plots.safely(plots.draw_confusion, confusion_matrix(logits, split.targets).numpy(), split.classes,
+                 folder / "confusion.png")
+    confidence, guess = (tensor.cpu() for tensor in logits.softmax(1).max(1))
+    wrong = (guess != split.targets).nonzero()[:, 0]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:36]
+    plots.safely(plots.draw_mistakes, split.images[worst].numpy(), split.targets[worst].numpy(),
+                 guess[worst].numpy(), confidence[worst].numpy(), split.classes, folder / "mistakes.png")
+
+
+def run_predict(args: Namespace, given: dict[str, Any]) -> None:
+    """Label the images of `--predict` and write them as a CSV file."""
+    device = devices.pick_device(args.device)
+    model, info = load_model(args.checkpoint, device, given)
+    pictures = find_pictures(args.predict)
+    if pictures:
+        images, ids = np.stack([read_picture(path) for path in pictures]), None
+    else:
+        images, ids = read_pickles(args.predict)
+    logits = predict_logits(model, torch.from_numpy(images), device, devices.pick_precision(args.precision, device),
+                            info["normalize"], args.tta)
+    confidence, guess = (tensor.tolist() for tensor in logits.softmax(1).max(1))
+    if pictures:
+        rows = [("path", "class", "probability"), *((str(path), info["classes"][label], f"{probability:.4f}")
+                for path, label, probability in zip(pictures, guess, confidence, strict=True))]
+    else:
+        rows = [("ID", "Labels"), *zip(ids.tolist(), guess, strict=True)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    try:
+        write_text(args.output, text.getvalue())
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be written ({error.strerror})") from error
+    print(f"{len(guess):,} labels in {args.output}")
+
+
+def find_pictures(paths: Sequence[str]) -> list[Path]:
+    """List the PNG and JPEG files among paths and in folders; none if the paths are pickles.
+
+    Raises:
+        UserError: Nothing is there, a folder holds no picture, or pictures and pickles are mixed.
+    """
+    pictures, others = [], []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"--predict {path}: no such file or folder")
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"--predict {path}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file")
+            pictures += found
+        else:
+            (pictures if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    if pictures and others:
+        raise UserError(f"--predict {others[0]} is a pickle and {pictures[0]} a picture, which are labelled in two "
+                        "forms; give one kind at a time")
+    return pictures
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """Read a PNG or JPEG file as (32, 32, 3) uint8, resized if need be.
+
+    Raises:
+        UserError: It is no such file, is damaged, or claims too many pixels.
+    """
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
+            if image.size != (SIZE, SIZE):
+                image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            return np.asarray(image.convert("RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, …
+        raise UserError(f"{path} cannot be read as a PNG or JPEG picture ({error})") from error
+
+
+def read_pickles(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read pickled images and their ids; where a file has none they are counted on from 0."""
+    images, ids, count = [], [], 0
+    for path in paths:
+        found, found_ids = batches.read_unlabelled(path)
+        images.append(found)
+        ids.append(np.arange(count, count + len(found)) if found_ids is None else found_ids)
+        count += len(found)
+    return np.concatenate(images), np.concatenate(ids)

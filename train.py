@@ -1,0 +1,240 @@
+"""Train, resume, evaluate, predict with and summarise the SE-ResNet on CIFAR-10: `python train.py --help`."""
+
+import json
+import os
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import data
+import device as devices
+import evaluate
+import models
+import options
+from trainer import RunError, Trainer, saved_args
+from utils import (
+    Processes,
+    RunFolder,
+    Signals,
+    UserError,
+    load_checkpoint,
+    load_run,
+    load_weights,
+    start_processes,
+    write_text,
+)
+
+
+def open_run(args: Namespace) -> tuple[RunFolder, Path | None]:
+    """Turn `--name` and `--resume` into a run folder, and the one file of it that is asked for, if any."""
+    if args.resume in (None, "auto", "last"):
+        return RunFolder(Path(args.checkpoint_dir) / args.name), None
+    path = Path(args.resume)
+    return (RunFolder(path), None) if path.is_dir() else (RunFolder(path.parent), path)
+
+
+def lock_and_load(args: Namespace, folder: RunFolder, file: Path | None) -> dict[str, Any] | None:
+    """Take the run folder, and read the checkpoint to go on from; None is a new run. Only on the first process.
+
+    Raises:
+        UserError: The folder holds a run, or none, or a damaged one, or is in use.
+    """
+    if args.resume is None and folder.holds_run() and not args.overwrite:
+        raise UserError(f"{folder.path} holds a run; go on with it by --resume, replace it by --overwrite, "
+                        "or choose another --name")
+    if args.resume is None or (args.resume == "auto" and not folder.holds_run()):
+        folder.open()
+        return None
+    if not folder.path.is_dir():
+        load_run(folder, file)  # says that there is no run, and makes no folder
+    folder.open()
+    checkpoint, note = load_run(folder, file)
+    if note:
+        print(f"warning: {note}", file=sys.stderr)
+        os.replace(folder.last, folder.path / "damaged.pt")  # or the next save would move it over the good one
+    if checkpoint["best_accuracy"] is not None:
+        try:
+            load_checkpoint(folder.best)
+        except UserError as error:
+            print(f"warning: {error}; the best epoch is looked for from here on", file=sys.stderr)
+            checkpoint["best_accuracy"] = None
+    return checkpoint
+
+
+def load_data(args: Namespace, processes: Processes) -> tuple[data.Split, data.Split | None, data.Split]:
+    """Read training, validation (or None) and test images; the first process of each machine goes ahead.
+
+    Raises:
+        UserError: The data are not there, damaged, or too few.
+    """
+    for is_turn in (processes.local_rank == 0, processes.local_rank != 0):  # so that one downloads or draws
+        if is_turn:
+            train = data.load_train(args.data_dir, args.synthetic, args.download, args.limit_train)
+            test = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
+        processes.gather(None)
+    train, val = data.hold_out(train, args.val_size) if args.val_size else (train, None)
+    if args.batch_size > len(train.targets):
+        raise UserError(f"--batch-size {args.batch_size} is larger than the training set of {len(train.targets)} "
+                        "images; choose a smaller one")
+    return train, val, test
+
+
+def build_loader(args: Namespace, split: data.Split, device: torch.device, processes: Processes) -> data.Loader:
+    """Make the loader that `--loader` names."""
+    settings = (split, args.batch_size, device, args.seed, args.augment, args.normalize, processes)
+    if args.loader == "workers":
+        return data.WorkersLoader(*settings, workers=args.workers)
+    return data.DeviceLoader(*settings)
+
+
+def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tuple[Trainer, data.Split]:
+    """Check everything that can be checked, read the data, and build the run, new or resumed.
+
+    Raises:
+        UserError: Something is not as it must be.
+    """
+    folder, file = open_run(args)
+    if args.resume in (None, "auto"):
+        build_model(args)  # before any file is touched
+    checkpoint = processes.first_do(lambda: lock_and_load(args, folder, file))
+    if checkpoint is not None:
+        args = options.merge_resumed(args, given, checkpoint["args"])
+    device = devices.pick_device(args.device, processes.local_rank)
+    devices.set_up_backend(device, args.deterministic)
+    torch.manual_seed(args.seed)
+    model = build_model(args).to(device, memory_format=torch.channels_last)
+    if args.init and checkpoint is None:
+        load_weights(model, processes.first_do(lambda: load_checkpoint(args.init)["model"]), args.init)
+    train, val, test = load_data(args, processes)
+    test = test._replace(images=test.images.to(device), targets=test.targets.to(device))
+    torch.manual_seed(args.seed + processes.rank)  # dropout differs between processes
+    trainer = Trainer(args, model, build_loader(args, train, device, processes), val or test,
+                      "test" if val is None else "val", folder, device, processes)
+    if args.compile if args.compile is not None else devices.can_compile(device):
+        trainer.compile()
+    if checkpoint is not None:
+        try:
+            trainer.load_state(checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint in {folder.path} does not fit together ({error})") from error
+    elif processes.is_first:
+        folder.clear()
+        write_text(folder.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
+    return trainer, test
+
+
+def build_model(args: Namespace) -> models.SEResNet:
+    """Build the network of the model flags.
+
+    Raises:
+        UserError: They make none, or one of more than `--max-params`.
+    """
+    try:
+        return models.build_model(**options.model_args(args), max_params=args.max_params)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def train(args: Namespace, given: dict[str, Any]) -> int:
+    """Train a run, new or resumed, to its end or to a signal; return the exit status."""
+    processes = start_processes()
+    trainer, test = set_up(args, given, processes)
+    say = print if processes.is_first else lambda *_: None
+    say(describe(trainer))
+    with Signals() as signals:
+        while trainer.epoch < trainer.args.epochs:
+            if stop := trainer.train_epoch(signals):
+                say(f"stopped in epoch {trainer.epoch + 1} after step {trainer.step}, all saved; go on with: "
+                    f"{resume_command(trainer.folder)}")
+                return 128 + stop
+            trainer.finish_epoch()
+    trainer.save()
+    results = trainer.finish(test)
+    if processes.is_first:
+        evaluate.draw_pictures(trainer.folder.path, trainer.logits, test)
+        write_text(trainer.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+        print(describe_results(results, trainer.folder))
+    return 0
+
+
+def describe(trainer: Trainer) -> str:
+    """Say in a few lines what is about to run."""
+    args, loader, environment = trainer.args, trainer.loader, trainer.environment()
+    compiled = ", compiled" if environment["compile"] else ""
+    several = f", {trainer.processes.size} processes" if trainer.processes.size > 1 else ""
+    begin = f"from epoch {trainer.epoch + 1}, step {trainer.step}" if trainer.epoch or trainer.step else "new"
+    kind = {"val": "validation", "test": "test"}[trainer.kind]
+    return (f"device  {devices.describe(trainer.device)}, {trainer.precision}{compiled}{several}\n"
+            f"model   SE-ResNet {args.num_blocks}, {models.count_parameters(trainer.model):,} parameters\n"
+            f"data    {len(loader.targets):,} training and {len(trainer.held_out.targets):,} {kind} images"
+            f"{' (generated)' if args.synthetic else ''}, --loader {args.loader}\n"
+            f"recipe  {args.epochs} epochs of {len(loader)} steps, batch {args.batch_size}, {args.optimizer}, "
+            f"lr {args.lr:g}, {args.scheduler}\n"
+            f"run     {trainer.folder.path} ({begin})")
+
+
+def describe_results(results: dict[str, Any], folder: RunFolder) -> str:
+    """Say how a run ended, and how its best epoch was picked."""
+    last, best, test = (results[f"{name}_accuracy"] for name in ("last", "best", "test"))
+    if results["picked_by"] == "validation":
+        lines = [f"last validation accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})",
+                 f"test accuracy of best.pt {test:.2f} %; the test set was looked at this once"]
+    else:
+        lines = [f"last test accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})",
+                 "the test set picked the best epoch, as in the paper, and so flatters it; --val-size picks without it"]
+    return "\n".join([*lines, f"{results['minutes']:.1f} minutes, {results['images_per_second']:.0f} images/s; "
+                      f"weights, metrics and pictures in {folder.path}"])
+
+
+def resume_command(folder: RunFolder) -> str:
+    """Give the command that goes on with a run."""
+    return f"python train.py --resume {shlex.quote(str(folder.path))}"
+
+
+def print_summary(args: Namespace) -> None:
+    """Print torchsummary's table of the network."""
+    from torchsummary import summary  # here alone, so that machines which only train can do without
+
+    summary(build_model(args).eval(), (3, 32, 32), device="cpu")
+
+
+def run(args: Namespace, given: dict[str, Any]) -> int:
+    """Do what the command line asks for; return the exit status."""
+    if args.summary:
+        print_summary(args)
+    elif args.evaluate:
+        evaluate.run_evaluate(args, given)
+    elif args.predict:
+        evaluate.run_predict(args, given)
+    else:
+        return train(args, given)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return 0, 1 for a failed run, 2 for a user's mistake, or 128 and the signal that ended it."""
+    args, given = options.parse_args(argv)
+    try:
+        status = run(args, given)
+    except UserError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
+        print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

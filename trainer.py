@@ -1,0 +1,336 @@
+"""A training run in progress: its steps, its epochs, and what it leaves on the disk."""
+
+import platform
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+import device as devices
+import evaluate
+import options
+import plots
+from models import count_parameters
+from optim import build_optimizer, build_scheduler
+from utils import (
+    Processes,
+    RunFolder,
+    Signals,
+    all_finite,
+    get_random_state,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    set_random_state,
+    write_text,
+)
+
+COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
+           "test_accuracy", "seconds", "images_per_second")
+
+
+class RunError(Exception):
+    """A run that cannot go on: told in one line, exit status 1."""
+
+
+class Trainer:
+    """A run in progress: what a checkpoint holds, and how to go a step, an epoch, or to the end.
+
+    Args:
+        args: The settings.
+        model: On `device`.
+        loader: Of the training set.
+        held_out: What is evaluated each epoch and picks the best: validation or test images.
+        kind: "val" or "test", what `held_out` is.
+        folder: Where the first process writes.
+        device: Where everything is computed.
+        processes: Those that train together.
+    """
+
+    def __init__(self, args: Namespace, model: nn.Module, loader: data.Loader, held_out: data.Split, kind: str,
+                 folder: RunFolder, device: torch.device, processes: Processes):
+        self.args, self.model, self.loader, self.held_out, self.kind = args, model, loader, held_out, kind
+        self.folder, self.device, self.processes = folder, device, processes
+        self.precision = devices.pick_precision(args.precision, device)
+        self.parameters = list(model.parameters())
+        self.optimizer = build_optimizer(args.optimizer, self.parameters, args.lr, args.momentum, args.nesterov,
+                                         args.weight_decay)
+        self.scheduler = build_scheduler(self.optimizer, args.scheduler, len(loader), args.epochs, args.warmup_epochs)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.epoch = self.step = 0  # epochs completed, and steps completed in the running one
+        self.totals = self.no_totals()
+        self.seconds = 0.0  # of training, in the running epoch
+        self.history: list[dict[str, Any]] = []
+        self.best_accuracy: float | None = None
+        self.best: dict[str, Any] | None = None  # to be written with the next save
+        self.logits: Tensor | None = None  # of the last evaluation
+        self.drawn: dict[str, Any] | None = None  # the last row that the pictures show
+        self.forward = self.forward_loss
+        self.saved_at = time.monotonic()
+
+    def no_totals(self) -> Tensor:
+        """Make the running sums of loss and hits of this process's images; float64, where the device has it."""
+        return torch.zeros(2, device=self.device,
+                           dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def forward_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the summed loss and the number of hits of a batch, both on the device."""
+        with devices.autocast(self.device, self.precision):
+            logits = self.model(inputs)
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.args.label_smoothing)
+        return loss, (logits.argmax(1) == targets).sum()
+
+    def compile(self) -> None:
+        """Compile forward and loss, and try them on a batch of zeros that leaves no trace."""
+        def probe(function: Callable) -> None:
+            part = self.loader.part(0)
+            inputs = torch.zeros(part.stop - part.start, 3, 32, 32, device=self.device)
+            targets = torch.zeros(len(inputs), dtype=torch.int64, device=self.device)
+            buffers = [buffer.clone() for buffer in self.model.buffers()]
+            state = get_random_state(self.device)
+            function(inputs.contiguous(memory_format=torch.channels_last), targets)[0].backward()
+            set_random_state(state, self.device)
+            self.optimizer.zero_grad()
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        self.forward = devices.compile_or_warn(self.forward_loss, self.device, probe)
+
+    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Make one optimiser step; no wait for the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if len(targets):  # where there are more processes than images left, one has none
+            loss, hits = self.forward(inputs, targets)
+            # over the images of all processes: so the sum of all gradients is that of the mean loss
+            self.scaler.scale(loss / self.loader.count(self.step)).backward()
+            self.totals += torch.stack((loss.detach(), hits))
+        if self.processes.size > 1:
+            self.sum_gradients()
+        if self.args.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_value_(self.parameters, self.args.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.step += 1
+
+    def sum_gradients(self) -> None:
+        """Add the gradients of all processes up, in one message.
+
+        DistributedDataParallel averages, and every process needs a forward pass to take part; the last batch of an
+        epoch may have no image for one.
+        """
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        message = self.processes.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        parts = message.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    # --- an epoch ----------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, signals: Signals) -> int | None:
+        """Train to the end of the running epoch, saving when it is time; return the signal that stops the run."""
+        steps, start = len(self.loader), time.perf_counter() - self.seconds
+        self.model.train()
+        with tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", leave=False,
+                  disable=None if self.processes.is_first else True) as bar:
+            for inputs, targets in self.loader.epoch(self.epoch, self.step):
+                self.train_step(inputs, targets)
+                self.seconds = time.perf_counter() - start
+                if self.step % self.args.log_interval == 0 or self.step == steps or self.device.type == "cpu":
+                    self.look(bar)
+                stop, save = self.agree(signals)
+                if save or stop:
+                    self.save()
+                    start = time.perf_counter() - self.seconds  # saving is no training
+                if stop:
+                    return stop
+        return None
+
+    def look(self, bar: tqdm) -> None:
+        """Read the running sums, which waits for the device; show them, and stop a run that has diverged.
+
+        Raises:
+            RunError: The loss is no longer finite.
+        """
+        count = min(self.step * self.loader.batch_size, len(self.loader.targets))
+        loss, hits = (self.totals * self.processes.size / count).tolist()
+        bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{100 * hits:.2f}%", lr=f"{self.lr():.4g}",
+                        images_s=f"{count / self.seconds:.0f}", refresh=False)
+        bar.update(self.step - bar.n)
+        if not np.isfinite(loss):
+            self.fail_non_finite("loss")
+
+    def fail_non_finite(self, what: str) -> None:
+        """Stop a run that has diverged, without saving it.
+
+        Raises:
+            RunError: Always.
+        """
+        good = f"the last good checkpoint is {self.folder.last}" if self.folder.last.exists() else "nothing was saved"
+        raise RunError(f"{what} is not finite in epoch {self.epoch + 1}, step {self.step}, at lr {self.lr():.4g}; "
+                       f"{good}; try a smaller --lr, or --precision fp32")
+
+    def lr(self) -> float:
+        """Give the learning rate of the last step."""
+        done = self.epoch * len(self.loader) + self.step
+        return self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](max(0, done - 1))
+
+    def agree(self, signals: Signals) -> tuple[int | None, bool]:
+        """Agree with all processes, at the same step, whether to stop and whether to save.
+
+        Alone, and on CPUs, where nothing is gained by waiting longer, that is after every step; several GPUs look up
+        from their work only at the log interval.
+        """
+        often = self.processes.size == 1 or self.device.type == "cpu" or self.args.save_minutes == 0
+        if not often and self.step % self.args.log_interval:
+            return None, False
+        due = time.monotonic() - self.saved_at >= 60 * self.args.save_minutes
+        votes = self.processes.max(torch.tensor([signals.stop or 0, signals.save or (due and self.processes.is_first)]))
+        stop, save = votes.tolist()
+        signals.save = False
+        return stop or None, bool(save)
+
+    def finish_epoch(self) -> None:
+        """Evaluate, add the row of the epoch to the history, and note the best weights so far."""
+        self.processes.copy_from_first(list(self.model.buffers()))  # one process's batch norm, for all
+        loss, hits = (self.processes.sum(self.totals.clone()) / len(self.loader.targets)).tolist()
+        start = time.perf_counter()
+        self.logits = self.predict(self.held_out)
+        found = evaluate.score(self.logits, self.held_out.targets)
+        row = dict.fromkeys(COLUMNS) | {
+            "epoch": self.epoch + 1, "step": (self.epoch + 1) * len(self.loader), "lr": self.lr(),
+            "train_loss": loss, "train_accuracy": 100 * hits, f"{self.kind}_loss": found["loss"],
+            f"{self.kind}_accuracy": found["accuracy"], "seconds": self.seconds + time.perf_counter() - start,
+            "images_per_second": len(self.loader.targets) / self.seconds}
+        self.history.append(row)
+        self.epoch, self.step, self.seconds, self.totals = self.epoch + 1, 0, 0.0, self.no_totals()
+        if self.best_accuracy is None or found["accuracy"] > self.best_accuracy:
+            self.best_accuracy = found["accuracy"]
+            weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"model": weights, "epoch": self.epoch, "accuracy": self.best_accuracy,
+                         "picked_by": self.kind, "args": saved_args(self.args), "classes": self.held_out.classes}
+        if self.processes.is_first:
+            name = {"val": "validation", "test": "test"}[self.kind]
+            print(f"epoch {self.epoch}/{self.args.epochs}  loss {loss:.4f}  accuracy {100 * hits:.2f} %  "
+                  f"{name} loss {found['loss']:.4f}  {name} accuracy {found['accuracy']:.2f} %  "
+                  f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s", flush=True)
+
+    def predict(self, split: data.Split) -> Tensor:
+        """Give the logits of a split, on all processes together."""
+        return evaluate.predict_logits(self.model, split.images, self.device, self.precision, self.args.normalize,
+                                       processes=self.processes)
+
+    # --- what stays --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Collect what a checkpoint holds; every process must call it."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
+                "step": self.step, "best_accuracy": self.best_accuracy, "history": self.history,
+                "totals": {"sums": self.processes.gather(self.totals.cpu()), "seconds": self.seconds},
+                "rng": self.processes.gather(get_random_state(self.device)), "args": saved_args(self.args),
+                "classes": self.held_out.classes, "environment": self.environment()}
+
+    def environment(self) -> dict[str, Any]:
+        """Name what a continuation must share to be exact."""
+        return {"device": self.device.type, "precision": self.precision,
+                "compile": self.forward != self.forward_loss, "processes": self.processes.size}
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint; warn in one line where the continuation cannot be exact."""
+        load_weights(self.model, saved["model"], self.folder.path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
+        self.best_accuracy, self.seconds = saved["best_accuracy"], saved["totals"]["seconds"]
+        sums, states, here = saved["totals"]["sums"], saved["rng"], self.environment()
+        if len(sums) == self.processes.size:
+            self.totals.copy_(sums[self.processes.rank])
+        elif self.processes.is_first:
+            self.totals.copy_(torch.stack(sums).sum(0))
+        set_random_state(states[self.processes.rank % len(states)], self.device)
+        changed = [f"{name} {saved['environment'][name]} -> {here[name]}" for name in here
+                   if saved["environment"][name] != here[name]]
+        if changed and self.processes.is_first:
+            print(f"warning: the run goes on, but not to the bit: {', '.join(changed)}", file=sys.stderr)
+
+    def save(self) -> None:
+        """Write checkpoint, best weights, metrics and pictures; every process must call it.
+
+        Raises:
+            RunError: The weights are not finite, or the files cannot be written; the older ones are whole.
+        """
+        if not all_finite(list(self.model.state_dict().values())):
+            self.fail_non_finite("a weight")
+        state = self.state()
+        if self.processes.is_first:
+            try:
+                if self.best is not None:  # before last.pt, which says that it is there
+                    save_checkpoint(self.best, self.folder.best)
+                save_checkpoint(state, self.folder.last, backup=self.folder.previous)
+                write_text(self.folder.path / "metrics.csv", format_metrics(self.history))
+            except OSError as error:
+                raise RunError(f"saving to {self.folder.path} failed ({error.strerror or error}); "
+                               "the files saved before are whole") from error
+            if self.history and self.history[-1] is not self.drawn:
+                self.draw()
+        self.best = None
+        self.saved_at = time.monotonic()
+
+    def draw(self) -> None:
+        """Draw the curves, and the confusion of the last evaluation."""
+        self.drawn = self.history[-1]
+        plots.safely(plots.draw_curves, self.history, self.folder.path / "curves.png")
+        if self.logits is not None:
+            plots.safely(plots.draw_confusion, evaluate.confusion_matrix(self.logits, self.held_out.targets).numpy(),
+                         self.held_out.classes, self.folder.path / "confusion.png")
+
+    def finish(self, test: data.Split) -> dict[str, Any]:
+        """Evaluate for the last time and collect results.json; with validation, the test set is touched only here."""
+        if self.kind == "val":
+            best = self.processes.first_do(lambda: load_checkpoint(self.folder.best)["model"])
+            load_weights(self.model, best, self.folder.best)
+            self.logits = None
+        if self.logits is None:
+            self.logits = self.predict(test)
+        last, accuracy = self.history[-1], f"{self.kind}_accuracy"
+        best_row = max(self.history, key=lambda row: row[accuracy])  # the first of equals
+        minutes = sum(row["seconds"] for row in self.history) / 60
+        return {"last_accuracy": last[accuracy], "best_accuracy": best_row[accuracy], "best_epoch": best_row["epoch"],
+                "picked_by": {"val": "validation", "test": "test"}[self.kind],
+                "test_accuracy": evaluate.score(self.logits, test.targets)["accuracy"],
+                "test_weights": {"val": "best", "test": "last"}[self.kind], "epochs": self.epoch, "minutes": minutes,
+                "images_per_second": self.epoch * len(self.loader.targets) / sum(
+                    len(self.loader.targets) / row["images_per_second"] for row in self.history),
+                "parameters": count_parameters(self.model),
+                **evaluate.report(self.logits, test.targets, test.classes),
+                **self.environment(), "device": devices.describe(self.device),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                             "torchvision": torchvision.__version__, "numpy": np.__version__}}
+
+
+def saved_args(args: Namespace) -> dict[str, Any]:
+    """Keep the settings of training; modes belong to one command only."""
+    return {name: value for name, value in vars(args).items() if name not in options.MODES}
+
+
+def format_metrics(history: list[dict[str, Any]]) -> str:
+    """Write the rows of metrics.csv."""
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    rows = [COLUMNS, *([cell(row[name]) for name in COLUMNS] for row in history)]
+    return "".join(",".join(row) + "\n" for row in rows)
