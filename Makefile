@@ -1,0 +1,36 @@
+# Every target sets itself up: all that is needed is Python (3.10 or newer) and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo train test test-slow lint bench clean
+
+demo: .venv/requirements  ## train on generated images; no download, about two minutes
+	$(BIN)/python train.py @recipes/demo.txt
+
+train: .venv/requirements  ## the paper's recipe on CIFAR-10
+	$(BIN)/python train.py --resume auto
+
+test: .venv/requirements-dev  ## all tests but the slow ones, offline
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/requirements-dev  ## the slow ones
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/requirements-dev
+	$(BIN)/ruff check .
+
+bench: .venv/requirements  ## what every claim about speed rests on
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+
+# The stamp is written last, so that an interrupted set-up is done again.
+.venv/requirements: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/requirements-dev: requirements-dev.txt .venv/requirements
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
