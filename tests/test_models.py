@@ -65,11 +65,11 @@ def test_published_names():
 @pytest.mark.parametrize("choices", [
     {}, {"se": "block"}, {"se": "none"}, {"block": "preact"}, {"block": "preact", "se": "block", "dropout": 0.3},
     {"kernel_sizes": (5, 3, 1), "shortcut_kernel_sizes": (1, 3, 5)}, {"pool_size": 4}, {"dropout": 0.5},
-    {"num_blocks": (1, 1, 1, 1, 1, 1, 1), "channels": 4, "se_reduction": 4},
+    {"num_blocks": (1, 1, 1, 1, 1, 1, 1), "channels": 4, "se": "none"},
 ])
 def test_every_parameter_gets_a_gradient(choices):
     torch.manual_seed(0)
-    model = build_model(**{"num_blocks": (1, 2, 1), "channels": 16, **choices})
+    model = build_model(**{"num_blocks": (1, 2, 1), "channels": 16, "se_reduction": 4, **choices})
     logits = model(torch.randn(4, 3, 32, 32))
     assert logits.shape == (4, 10)
     logits.logsumexp(1).sum().backward()
@@ -132,4 +132,4 @@ def test_impossible_choices_are_refused_by_name(choices, message):
 
 
 def test_no_limit_on_parameters():
-    assert count_parameters(build_model((1, 1, 1), 96, max_params=0)) > 5_000_000
+    assert count_parameters(build_model((1, 1, 1), 160, max_params=0)) > 5_000_000
