@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import trivial_augment
+
 SIZE = 32
 PADDING = 4
 # The published constants. STD is a mean of per-image deviations; per pixel it would be 0.2470, 0.2435, 0.2616.
@@ -25,6 +27,8 @@ class Draws(NamedTuple):
     top: Tensor  # int64, 0 to 8: upper edge of the crop in the padded image
     left: Tensor  # int64, 0 to 8
     flip: Tensor  # bool
+    operation: Tensor  # int64, of TrivialAugment, which these two are for
+    strength: Tensor  # int64
 
     def rows(self, chosen: slice | Tensor) -> "Draws":
         """Take some positions of the table."""
@@ -36,7 +40,52 @@ def draw_epoch(count: int, seed: int, epoch: int) -> Draws:
     rng = np.random.default_rng([seed, epoch])
     offsets = rng.integers(0, 2 * PADDING + 1, (2, count))
     return Draws(torch.from_numpy(rng.permutation(count)), torch.from_numpy(offsets[0]),
-                 torch.from_numpy(offsets[1]), torch.from_numpy(rng.random(count) < 0.5))
+                 torch.from_numpy(offsets[1]), torch.from_numpy(rng.random(count) < 0.5),
+                 *trivial_augment.draw(count, seed, epoch))
+
+
+class Mixes(NamedTuple):
+    """How the batches of an epoch are mixed, one row per step, on the CPU."""
+
+    share: Tensor  # (S,) float32, of each image's own pixels and label; its partner has the rest
+    box: Tensor  # (S, 4) int64: top, bottom, left, right of what CutMix pastes; empty where MixUp blends
+
+
+def draw_mixes(steps: int, seed: int, epoch: int, mixup: float, cutmix: float) -> Mixes:
+    """Draw the mixing of every batch of an epoch, from Beta(A, A) with A `mixup` or `cutmix`.
+
+    MixUp is arXiv 1710.09412, CutMix arXiv 1905.04899. Where both are wanted, a batch takes one of them.
+    """
+    rng = np.random.default_rng([seed, epoch, 2])  # a stream of its own: it changes no crop
+    cuts = rng.random(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))
+    share = np.where(cuts, rng.beta(cutmix or 1, cutmix or 1, steps), rng.beta(mixup or 1, mixup or 1, steps))
+    half = SIZE * np.sqrt(1 - share)[:, None] / 2
+    centre = rng.integers(0, SIZE, (steps, 2))
+    low, high = (np.clip(edge, 0, SIZE).astype(np.int64) for edge in (centre - half, centre + half))
+    low, high = low * cuts[:, None], high * cuts[:, None]
+    box = np.stack((low[:, 0], high[:, 0], low[:, 1], high[:, 1]), 1)
+    share = np.where(cuts, 1 - (high - low).prod(1) / SIZE**2, share)  # of what lies inside the image
+    return Mixes(torch.from_numpy(share.astype(np.float32)), torch.from_numpy(box))
+
+
+def mix(inputs: Tensor, share: Tensor, box: list[int]) -> Tensor:
+    """Mix each image with the one before it.
+
+    Args:
+        inputs: (n + 1, 3, 32, 32), the first one only as a partner.
+        share: () of the image's own pixels, on the device.
+        box: Row of `Mixes.box`.
+
+    Returns:
+        (n, 3, 32, 32).
+    """
+    partners, own = inputs[:-1], inputs[1:]
+    top, bottom, left, right = box
+    if bottom == 0:
+        return torch.lerp(partners, own, share)
+    mixed = own.clone(memory_format=torch.preserve_format)
+    mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+    return mixed
 
 
 def reflect(position: Tensor) -> Tensor:

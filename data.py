@@ -4,6 +4,7 @@ CIFAR-10 is from Learning Multiple Layers of Features from Tiny Images, A. Krizh
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -25,6 +26,7 @@ from tqdm import tqdm
 import augment
 import batches
 import synthetic
+import trivial_augment
 from utils import Processes, UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -34,6 +36,7 @@ SYNTHETIC_FOLDER = "synthetic-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILES = ("test_batch",)
 META_FILE = "batches.meta"
+BATCHES_PER_BLOCK = 8  # TrivialAugment has 14 operations to launch: once for a block of batches
 SPLIT_SEED = 20090408  # of --val-size alone, so that runs with different --seed hold out the same images
 
 
@@ -196,23 +199,27 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 class Loader:
-    """What both loaders share: which images of which batch belong to this process.
+    """What both loaders share: which images of which batch belong to this process, and how they are mixed.
 
     Args:
         split: The training set.
         batch_size: Of all processes together; the last batch of an epoch holds what is left.
         device: Where batches are wanted.
-        seed: Of the table of draws.
+        seed: Of the tables of draws.
         augment: Crop and mirror.
         normalize: Subtract the mean and divide by the std.
+        trivial: Apply TrivialAugment.
+        mixup: A of MixUp's Beta(A, A); 0 is off.
+        cutmix: Likewise of CutMix.
         processes: Each takes its part of the same global batch.
     """
 
     def __init__(self, split: Split, batch_size: int, device: torch.device, seed: int, augment: bool = True,
-                 normalize: bool = True, processes: Processes | None = None):
+                 normalize: bool = True, trivial: bool = False, mixup: float = 0.0, cutmix: float = 0.0,
+                 processes: Processes | None = None):
         self.images, self.targets = split.images, split.targets
         self.batch_size, self.device, self.seed = batch_size, device, seed
-        self.augment, self.normalize = augment, normalize
+        self.augment, self.normalize, self.trivial, self.mixup, self.cutmix = augment, normalize, trivial, mixup, cutmix
         self.processes = processes or Processes()
 
     def __len__(self) -> int:
@@ -223,15 +230,44 @@ class Loader:
         """Count the images of a global batch."""
         return min(self.batch_size, len(self.targets) - step * self.batch_size)
 
-    def part(self, step: int) -> slice:
+    def part(self, step: int) -> range:
         """Give this process's positions in the order of the epoch; the first processes take what does not divide."""
         share, rest = divmod(self.count(step), self.processes.size)
         rank = self.processes.rank
         start = step * self.batch_size + rank * share + min(rank, rest)
-        return slice(start, start + share + (rank < rest))
+        return range(start, start + share + (rank < rest))
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (inputs (n, 3, 32, 32) float32, targets (n,) int64) of each step; n can be 0 in the last batch."""
+    def positions(self, step: int) -> list[int]:
+        """Give the positions to load: this process's part, and where batches are mixed, the one before it first.
+
+        Every image's partner is the one before it in the global batch; before the first comes the last.
+        """
+        part, start = self.part(step), step * self.batch_size
+        if not (self.mixup or self.cutmix) or not part:
+            return list(part)
+        return [start + (part.start - start - 1) % self.count(step), *part]
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """Yield this process's part of the batches of an epoch, from any step on, on the device.
+
+        Yields:
+            Inputs (n, 3, 32, 32) float32 and targets (n,) int64; where batches are mixed, also the partners' targets
+            (n,) and the share () float32 of the first ones. n can be 0 in the last batch of several processes.
+        """
+        positions = [self.positions(step) for step in range(first_step, len(self))]
+        rows = torch.tensor([position for batch in positions for position in batch], dtype=torch.int64)
+        draws = augment.draw_epoch(len(self.targets), self.seed, epoch).rows(rows)
+        loaded = self.load(draws, [len(batch) for batch in positions])
+        if not (self.mixup or self.cutmix):
+            yield from loaded
+            return
+        mixes = augment.draw_mixes(len(self), self.seed, epoch, self.mixup, self.cutmix)
+        shares, boxes = mixes.share.to(self.device), mixes.box.tolist()
+        for step, (inputs, targets) in enumerate(loaded, first_step):
+            yield augment.mix(inputs, shares[step], boxes[step]), targets[1:], targets[:-1], shares[step]
+
+    def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and targets for consecutive rows of `draws`, `sizes` many at a time."""
         raise NotImplementedError
 
 
@@ -242,13 +278,18 @@ class DeviceLoader(Loader):
         super().__init__(*args, **kwargs)
         self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        draws = augment.draw_epoch(len(self.targets), self.seed, epoch)
-        draws = augment.Draws(*(field.to(self.device) for field in draws))  # once an epoch: about a megabyte
-        for step in range(first_step, len(self)):
-            rows = draws.rows(self.part(step))
-            images = augment.crop_and_flip(self.images, rows) if self.augment else self.images[rows.index]
-            yield augment.to_input(images, self.normalize), self.targets[rows.index]
+    def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        on_device = augment.Draws(*(field.to(self.device) for field in draws))  # once an epoch: some megabytes
+        per_block, start = BATCHES_PER_BLOCK if self.trivial else 1, 0
+        for block in (sizes[i:i + per_block] for i in range(0, len(sizes), per_block)):
+            rows = slice(start, start + sum(block))
+            chosen, start = on_device.rows(rows), rows.stop
+            images = augment.crop_and_flip(self.images, chosen) if self.augment else self.images[chosen.index]
+            if self.trivial:  # the draws on the CPU group the images, without a wait for the device
+                images = trivial_augment.transform(images, draws.operation[rows], draws.strength[rows])
+            targets = self.targets[chosen.index].split(block)
+            for part, labels in zip(images.split(block), targets, strict=True):
+                yield augment.to_input(part, self.normalize), labels
 
 
 class WorkersLoader(Loader):
@@ -263,48 +304,41 @@ class WorkersLoader(Loader):
         super().__init__(*args, **kwargs)
         workers = min(workers, os.cpu_count() or 1)
         context = multiprocessing.get_context(start_method) if workers else None
-        self.sampler = DrawSampler()
+        self.batches: list[list[tuple]] = []  # a sampler: it hands each image's draws to the workers, so that they
+        # need to know of no epoch; filled anew for every one
         self.loader = DataLoader(
-            ImageDataset(self.images, self.targets, self.augment, self.normalize), batch_sampler=self.sampler,
-            num_workers=workers, persistent_workers=workers > 0, multiprocessing_context=context,
-            worker_init_fn=ignore_interrupt, collate_fn=collate, pin_memory=self.device.type == "cuda")
+            ImageDataset(self.images, self.targets, self.augment, self.normalize, self.trivial),
+            batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
+            multiprocessing_context=context, worker_init_fn=ignore_interrupt, collate_fn=collate,
+            pin_memory=self.device.type == "cuda")
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        draws = augment.draw_epoch(len(self.targets), self.seed, epoch)
-        self.sampler.batches = [list(zip(*(field.tolist() for field in draws.rows(self.part(step))), strict=True))
-                                for step in range(first_step, len(self))]
+    def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = zip(*(field.tolist() for field in draws), strict=True)
+        self.batches[:] = [list(itertools.islice(rows, size)) for size in sizes]
         for inputs, targets in self.loader:
             yield (inputs.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
                    targets.to(self.device, non_blocking=True))
 
 
-class DrawSampler:
-    """Hand the draws of every image to the workers, which thereby need to know of no epoch."""
-
-    def __init__(self):
-        self.batches: list[list[tuple[int, int, int, bool]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int, bool]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 class ImageDataset(Dataset):
     """Transform single images by torchvision, with the draws handed in."""
 
-    def __init__(self, images: Tensor, targets: Tensor, augment: bool, normalize: bool):
-        self.images, self.targets, self.augment, self.normalize = images, targets, augment, normalize
+    def __init__(self, images: Tensor, targets: Tensor, augment: bool, normalize: bool, trivial: bool):
+        self.images, self.targets = images, targets
+        self.augment, self.normalize, self.trivial = augment, normalize, trivial
 
-    def __getitem__(self, draw: tuple[int, int, int, bool]) -> tuple[Tensor, Tensor]:
-        index, top, left, flip = draw
+    def __getitem__(self, draw: tuple) -> tuple[Tensor, Tensor]:
+        index, top, left, flip, operation, strength = draw
         image = transforms.to_pil_image(self.images[index].numpy())
         if self.augment:
             image = transforms.pad(image, augment.PADDING, padding_mode="reflect")
             image = transforms.crop(image, top, left, augment.SIZE, augment.SIZE)
             image = transforms.hflip(image) if flip else image
-        image = transforms.to_tensor(image)
+        if self.trivial:
+            image = trivial_augment.transform_one(transforms.pil_to_tensor(image), operation, strength)
+            image = transforms.convert_image_dtype(image)
+        else:
+            image = transforms.to_tensor(image)
         return transforms.normalize(image, augment.MEAN, augment.STD) if self.normalize else image, self.targets[index]
 
 

@@ -139,7 +139,10 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
         model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
-    load_weights(model, checkpoint["model"], path)
+    weights = checkpoint["model"]
+    if checkpoint.get("ema"):  # of a last.pt; n_averaged is the only key beside the averaged weights
+        weights = {name: value for name, value in checkpoint["ema"].items() if name != "n_averaged"}
+    load_weights(model, weights, path)
     info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
             "normalize": saved.get("normalize", given.get("normalize", True)), "args": saved}
     return model.to(device, memory_format=torch.channels_last).eval(), info

@@ -101,13 +101,20 @@ def add_optimisation_flags(group: Any) -> None:
     flag("--warmup-epochs", type=at_least(0, float), default=0.0, help="linear rise before the schedule")
     flag("--grad-clip", type=at_least(0, float), default=0.1, help="largest absolute gradient value; 0 is off")
     flag("--label-smoothing", type=at_least(0, float), default=0.0, help="share of the target given to all classes")
+    flag("--ema", type=at_least(0, float), default=0.0, metavar="DECAY",
+         help="evaluate and keep weights averaged over the steps; 0 is off")
     flag("--seed", type=at_least(0), default=0, help="of the weights and of every draw")
 
 
 def add_augmentation_flags(group: Any) -> None:
     """Add the flags that change the images."""
+    flag = group.add_argument
     on_off(group, "--augment", True, "random crop with reflect padding, and random mirroring")
     on_off(group, "--normalize", True, "subtract the published mean and divide by the published std")
+    on_off(group, "--trivial-augment", False, "one more random operation on each image (arXiv 2103.10158)")
+    flag("--mixup", type=at_least(0, float), default=0.0, metavar="A", help="blend pairs by Beta(A, A); 0 is off")
+    flag("--cutmix", type=at_least(0, float), default=0.0, metavar="A",
+         help="paste areas between pairs by Beta(A, A); 0 is off; beside --mixup, one of them per batch")
 
 
 def add_speed_flags(group: Any) -> None:
@@ -216,6 +223,8 @@ def check_training(args: Namespace, given: dict[str, Any]) -> None:
         raise UserError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
     if args.label_smoothing >= 1:
         raise UserError(f"--label-smoothing {args.label_smoothing:g}: a share below 1 is needed")
+    if args.ema >= 1:
+        raise UserError(f"--ema {args.ema:g}: a decay below 1 is needed, such as 0.999")
     if "workers" in given and args.loader != "workers":
         raise UserError("--workers is of --loader workers; the device loader has none")
 

@@ -17,7 +17,7 @@ import device as devices
 import evaluate
 import models
 import options
-from trainer import RunError, Trainer, saved_args
+from trainer import SPLIT_NAMES, RunError, Trainer, saved_args
 from utils import (
     Processes,
     RunFolder,
@@ -39,8 +39,8 @@ def open_run(args: Namespace) -> tuple[RunFolder, Path | None]:
     return (RunFolder(path), None) if path.is_dir() else (RunFolder(path.parent), path)
 
 
-def lock_and_load(args: Namespace, folder: RunFolder, file: Path | None) -> dict[str, Any] | None:
-    """Take the run folder, and read the checkpoint to go on from; None is a new run. Only on the first process.
+def find_checkpoint(args: Namespace, folder: RunFolder, file: Path | None) -> dict[str, Any] | None:
+    """Read the checkpoint to go on from, and take its folder; None is a new run. Only on the first process.
 
     Raises:
         UserError: The folder holds a run, or none, or a damaged one, or is in use.
@@ -49,7 +49,6 @@ def lock_and_load(args: Namespace, folder: RunFolder, file: Path | None) -> dict
         raise UserError(f"{folder.path} holds a run; go on with it by --resume, replace it by --overwrite, "
                         "or choose another --name")
     if args.resume is None or (args.resume == "auto" and not folder.holds_run()):
-        folder.open()
         return None
     if not folder.path.is_dir():
         load_run(folder, file)  # says that there is no run, and makes no folder
@@ -87,7 +86,8 @@ def load_data(args: Namespace, processes: Processes) -> tuple[data.Split, data.S
 
 def build_loader(args: Namespace, split: data.Split, device: torch.device, processes: Processes) -> data.Loader:
     """Make the loader that `--loader` names."""
-    settings = (split, args.batch_size, device, args.seed, args.augment, args.normalize, processes)
+    settings = (split, args.batch_size, device, args.seed, args.augment, args.normalize, args.trivial_augment,
+                args.mixup, args.cutmix, processes)
     if args.loader == "workers":
         return data.WorkersLoader(*settings, workers=args.workers)
     return data.DeviceLoader(*settings)
@@ -102,7 +102,7 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
     folder, file = open_run(args)
     if args.resume in (None, "auto"):
         build_model(args)  # before any file is touched
-    checkpoint = processes.first_do(lambda: lock_and_load(args, folder, file))
+    checkpoint = processes.first_do(lambda: find_checkpoint(args, folder, file))
     if checkpoint is not None:
         args = options.merge_resumed(args, given, checkpoint["args"])
     device = devices.pick_device(args.device, processes.local_rank)
@@ -113,6 +113,8 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
         load_weights(model, processes.first_do(lambda: load_checkpoint(args.init)["model"]), args.init)
     train, val, test = load_data(args, processes)
     test = test._replace(images=test.images.to(device), targets=test.targets.to(device))
+    if checkpoint is None:
+        processes.first_do(lambda: start_folder(args, folder))
     torch.manual_seed(args.seed + processes.rank)  # dropout differs between processes
     trainer = Trainer(args, model, build_loader(args, train, device, processes), val or test,
                       "test" if val is None else "val", folder, device, processes)
@@ -123,10 +125,18 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
             trainer.load_state(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"the checkpoint in {folder.path} does not fit together ({error})") from error
-    elif processes.is_first:
-        folder.clear()
-        write_text(folder.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
     return trainer, test
+
+
+def start_folder(args: Namespace, folder: RunFolder) -> None:
+    """Take the folder of a new run, now that all else is right, and remove what `--overwrite` replaces.
+
+    Raises:
+        UserError: It cannot be written, or is in use.
+    """
+    folder.open()
+    folder.clear()
+    write_text(folder.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
 
 
 def build_model(args: Namespace) -> models.SEResNet:
@@ -169,10 +179,10 @@ def describe(trainer: Trainer) -> str:
     compiled = ", compiled" if environment["compile"] else ""
     several = f", {trainer.processes.size} processes" if trainer.processes.size > 1 else ""
     begin = f"from epoch {trainer.epoch + 1}, step {trainer.step}" if trainer.epoch or trainer.step else "new"
-    kind = {"val": "validation", "test": "test"}[trainer.kind]
     return (f"device  {devices.describe(trainer.device)}, {trainer.precision}{compiled}{several}\n"
             f"model   SE-ResNet {args.num_blocks}, {models.count_parameters(trainer.model):,} parameters\n"
-            f"data    {len(loader.targets):,} training and {len(trainer.held_out.targets):,} {kind} images"
+            f"data    {len(loader.targets):,} training and {len(trainer.held_out.targets):,} "
+            f"{SPLIT_NAMES[trainer.kind]} images"
             f"{' (generated)' if args.synthetic else ''}, --loader {args.loader}\n"
             f"recipe  {args.epochs} epochs of {len(loader)} steps, batch {args.batch_size}, {args.optimizer}, "
             f"lr {args.lr:g}, {args.scheduler}\n"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -36,6 +36,8 @@ from utils import (
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
            "test_accuracy", "seconds", "images_per_second")
+
+SPLIT_NAMES = {"val": "validation", "test": "test"}
 
 
 class RunError(Exception):
@@ -74,6 +76,10 @@ class Trainer:
         self.best: dict[str, Any] | None = None  # to be written with the next save
         self.logits: Tensor | None = None  # of the last evaluation
         self.drawn: dict[str, Any] | None = None  # the last row that the pictures show
+        self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema),
+                                 use_buffers=True) if args.ema else None
+        self.kept = model if self.ema is None else self.ema.module  # what is evaluated, and best.pt
         self.forward = self.forward_loss
         self.saved_at = time.monotonic()
 
@@ -84,11 +90,18 @@ class Trainer:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def forward_loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the summed loss and the number of hits of a batch, both on the device."""
+    def forward_loss(self, inputs: Tensor, targets: Tensor, partners: Tensor | None = None,
+                     share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Give the summed loss and the number of hits of a batch, both on the device.
+
+        In a mixed batch the loss is shared between two labels, and the one with the larger share counts as a hit.
+        """
         with devices.autocast(self.device, self.precision):
             logits = self.model(inputs)
-            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.args.label_smoothing)
+            loss = self.criterion(logits, targets)
+            if partners is not None:
+                loss = share * loss + (1 - share) * self.criterion(logits, partners)
+                targets = torch.where(share >= 0.5, targets, partners)
         return loss, (logits.argmax(1) == targets).sum()
 
     def compile(self) -> None:
@@ -106,11 +119,11 @@ class Trainer:
                 buffer.copy_(value)
         self.forward = devices.compile_or_warn(self.forward_loss, self.device, probe)
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> None:
-        """Make one optimiser step; no wait for the device."""
+    def train_step(self, inputs: Tensor, targets: Tensor, *mixed: Tensor) -> None:
+        """Make one optimiser step on what the loader yields; no wait for the device."""
         self.optimizer.zero_grad(set_to_none=True)
         if len(targets):  # where there are more processes than images left, one has none
-            loss, hits = self.forward(inputs, targets)
+            loss, hits = self.forward(inputs, targets, *mixed)
             # over the images of all processes: so the sum of all gradients is that of the mean loss
             self.scaler.scale(loss / self.loader.count(self.step)).backward()
             self.totals += torch.stack((loss.detach(), hits))
@@ -122,6 +135,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         self.step += 1
 
     def sum_gradients(self) -> None:
@@ -145,8 +160,8 @@ class Trainer:
         self.model.train()
         with tqdm(total=steps, initial=self.step, desc=f"epoch {self.epoch + 1}/{self.args.epochs}", leave=False,
                   disable=None if self.processes.is_first else True) as bar:
-            for inputs, targets in self.loader.epoch(self.epoch, self.step):
-                self.train_step(inputs, targets)
+            for batch in self.loader.epoch(self.epoch, self.step):
+                self.train_step(*batch)
                 self.seconds = time.perf_counter() - start
                 if self.step % self.args.log_interval == 0 or self.step == steps or self.device.type == "cpu":
                     self.look(bar)
@@ -204,7 +219,7 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Evaluate, add the row of the epoch to the history, and note the best weights so far."""
-        self.processes.copy_from_first(list(self.model.buffers()))  # one process's batch norm, for all
+        self.processes.copy_from_first(list(self.kept.buffers()))  # one process's batch norm, for all
         loss, hits = (self.processes.sum(self.totals.clone()) / len(self.loader.targets)).tolist()
         start = time.perf_counter()
         self.logits = self.predict(self.held_out)
@@ -218,27 +233,28 @@ class Trainer:
         self.epoch, self.step, self.seconds, self.totals = self.epoch + 1, 0, 0.0, self.no_totals()
         if self.best_accuracy is None or found["accuracy"] > self.best_accuracy:
             self.best_accuracy = found["accuracy"]
-            weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            weights = {name: value.clone() for name, value in self.kept.state_dict().items()}
             self.best = {"model": weights, "epoch": self.epoch, "accuracy": self.best_accuracy,
                          "picked_by": self.kind, "args": saved_args(self.args), "classes": self.held_out.classes}
         if self.processes.is_first:
-            name = {"val": "validation", "test": "test"}[self.kind]
+            name = SPLIT_NAMES[self.kind]
             print(f"epoch {self.epoch}/{self.args.epochs}  loss {loss:.4f}  accuracy {100 * hits:.2f} %  "
                   f"{name} loss {found['loss']:.4f}  {name} accuracy {found['accuracy']:.2f} %  "
                   f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s", flush=True)
 
     def predict(self, split: data.Split) -> Tensor:
         """Give the logits of a split, on all processes together."""
-        return evaluate.predict_logits(self.model, split.images, self.device, self.precision, self.args.normalize,
+        return evaluate.predict_logits(self.kept, split.images, self.device, self.precision, self.args.normalize,
                                        processes=self.processes)
 
     # --- what stays --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Collect what a checkpoint holds; every process must call it."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
-                "step": self.step, "best_accuracy": self.best_accuracy, "history": self.history,
+        averaged = self.ema and {**self.kept.state_dict(), "n_averaged": self.ema.n_averaged}
+        return {"model": self.model.state_dict(), "ema": averaged, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step,
+                "best_accuracy": self.best_accuracy, "history": self.history,
                 "totals": {"sums": self.processes.gather(self.totals.cpu()), "seconds": self.seconds},
                 "rng": self.processes.gather(get_random_state(self.device)), "args": saved_args(self.args),
                 "classes": self.held_out.classes, "environment": self.environment()}
@@ -253,6 +269,10 @@ class Trainer:
         load_weights(self.model, saved["model"], self.folder.path)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
+        if self.ema is not None:
+            averaged = dict(saved["ema"])
+            self.ema.n_averaged.copy_(averaged.pop("n_averaged"))
+            load_weights(self.kept, averaged, self.folder.path)
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
@@ -303,7 +323,7 @@ class Trainer:
         """Evaluate for the last time and collect results.json; with validation, the test set is touched only here."""
         if self.kind == "val":
             best = self.processes.first_do(lambda: load_checkpoint(self.folder.best)["model"])
-            load_weights(self.model, best, self.folder.best)
+            load_weights(self.kept, best, self.folder.best)
             self.logits = None
         if self.logits is None:
             self.logits = self.predict(test)
@@ -311,7 +331,7 @@ class Trainer:
         best_row = max(self.history, key=lambda row: row[accuracy])  # the first of equals
         minutes = sum(row["seconds"] for row in self.history) / 60
         return {"last_accuracy": last[accuracy], "best_accuracy": best_row[accuracy], "best_epoch": best_row["epoch"],
-                "picked_by": {"val": "validation", "test": "test"}[self.kind],
+                "picked_by": SPLIT_NAMES[self.kind],
                 "test_accuracy": evaluate.score(self.logits, test.targets)["accuracy"],
                 "test_weights": {"val": "best", "test": "last"}[self.kind], "epochs": self.epoch, "minutes": minutes,
                 "images_per_second": self.epoch * len(self.loader.targets) / sum(

@@ -168,7 +168,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if checkpoint.get("version", CHECKPOINT_VERSION) != CHECKPOINT_VERSION:
         raise UserError(f"checkpoint {path} has version {checkpoint['version']!r}, expected {CHECKPOINT_VERSION}; "
                         "it is of another version of this program")
-    checkpoint["model"] = _plain_weights(checkpoint["model"], path)
+    for name in ("model", "ema"):
+        if checkpoint.get(name) is not None:
+            checkpoint[name] = _plain_weights(checkpoint[name], path)
     return checkpoint
 
 

@@ -12,8 +12,9 @@ Parameters of the variants, each with num_blocks 4 4 3 and 64 channels:
     pre-activation block, SE after the stem       4,696,974
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,28 +109,52 @@ class SEResNet(nn.Module):
     """Stem, residual layers of doubling width and halving size, average pool, linear classifier.
 
     Attributes carry the names of the published code, so that its checkpoints load.
+
+    Args:
+        num_blocks: Residual blocks of each layer; the first layer keeps 32x32, every other one halves it.
+        channels: Channels of the first layer; doubled in every further one.
+        kernel_sizes: Of the blocks' convolutions, one for all layers or one for each.
+        shortcut_kernel_sizes: Of the shortcuts that change the shape, likewise.
+        pool_size: Of the last average pooling; None is the whole map.
+        dropout: Probability after each block and before the linear layer.
+        block: "basic" (arXiv 1512.03385) or "preact" (arXiv 1603.05027).
+        se: Squeeze and excitation after the "stem", in every residual "block", or "none".
+        se_reduction: Channels per squeezed channel.
+        num_classes: Length of the logits.
+
+    Raises:
+        ValueError: A choice is impossible; the message names its flag.
     """
 
-    def __init__(self, make_block: Callable[..., nn.Module], num_blocks: Sequence[int], channels: int,
-                 kernel_sizes: Sequence[int], shortcut_kernel_sizes: Sequence[int], pool_size: int,
-                 dropout: float, preact: bool, stem_reduction: int | None, num_classes: int):
+    def __init__(self, num_blocks: Sequence[int] = (4, 4, 3), channels: int = 64,
+                 kernel_sizes: int | Sequence[int] = 3, shortcut_kernel_sizes: int | Sequence[int] = 1,
+                 pool_size: int | None = None, dropout: float = 0.0, block: str = "basic", se: str = "stem",
+                 se_reduction: int = 16, num_classes: int = 10):
         super().__init__()
-        self.pool_size = pool_size
+        check_choices(num_blocks, channels, dropout, block, se, se_reduction)
+        kernels = per_layer("--kernel-sizes", kernel_sizes, len(num_blocks))
+        shortcut_kernels = per_layer("--shortcut-kernel-sizes", shortcut_kernel_sizes, len(num_blocks))
+        preact = block == "preact"
         self.conv1 = conv(3, channels, 3)
         self.bn1 = None if preact else nn.BatchNorm2d(channels)
-        self.seblock = SEBlock(channels, stem_reduction) if stem_reduction else None
+        self.seblock = SEBlock(channels, se_reduction) if se == "stem" else None
         self.residual_layers = nn.ModuleList()
         size, in_channels = IMAGE_SIZE, channels
         for i, blocks in enumerate(num_blocks):
-            out_channels, stride = channels * 2**i, 1 if i == 0 else 2
-            layer = [make_block(in_channels, out_channels, stride, kernel_sizes[i], shortcut_kernel_sizes[i])]
-            layer += [make_block(out_channels, out_channels, 1, kernel_sizes[i], shortcut_kernel_sizes[i])
-                      for _ in range(blocks - 1)]
+            make_block = partial(BLOCKS[block], out_channels=channels * 2**i, kernel_size=kernels[i],
+                                 shortcut_kernel_size=shortcut_kernels[i], dropout=dropout,
+                                 se_reduction=se_reduction if se == "block" else None)
+            stride = 1 if i == 0 else 2
+            layer = [make_block(in_channels, stride=stride)]
+            layer += [make_block(channels * 2**i, stride=1) for _ in range(blocks - 1)]
             self.residual_layers.append(nn.Sequential(*layer))
-            size, in_channels = -(-size // stride), out_channels
+            size, in_channels = -(-size // stride), channels * 2**i
+        self.pool_size = size if pool_size is None else pool_size
+        if not 1 <= self.pool_size <= size:
+            raise ValueError(f"--pool-size {pool_size}: the last map is {size}x{size}; choose 1 to {size}")
         self.bn_last = nn.BatchNorm2d(in_channels) if preact else None
         self.dropout = nn.Dropout(dropout) if dropout else None
-        self.linear = nn.Linear(in_channels * (size // pool_size) ** 2, num_classes)
+        self.linear = nn.Linear(in_channels * (size // self.pool_size) ** 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images (N, 3, 32, 32) to logits (N, num_classes)."""
@@ -147,11 +172,7 @@ class SEResNet(nn.Module):
 
 
 def per_layer(flag: str, values: int | Sequence[int], layers: int) -> list[int]:
-    """Repeat a single kernel size for every layer, and refuse sizes that cannot be.
-
-    Raises:
-        ValueError: A size is even or below 1, or there are neither one nor `layers` of them.
-    """
+    """Repeat a single kernel size for every layer; raise ValueError for sizes that cannot be."""
     values = [values] if isinstance(values, int) else list(values)
     if len(values) not in (1, layers):
         raise ValueError(f"{flag} has {len(values)} values, expected 1, or {layers} as --num-blocks has layers")
@@ -161,69 +182,35 @@ def per_layer(flag: str, values: int | Sequence[int], layers: int) -> list[int]:
     return values if len(values) == layers else values * layers
 
 
-def check_choices(num_blocks: Sequence[int], channels: int, pool_size: int | None, dropout: float, block: str,
-                  se: str, se_reduction: int) -> int:
-    """Refuse what no network can be built from; return the pool size that is meant.
-
-    Raises:
-        ValueError: A choice is impossible; the message names its flag.
-    """
+def check_choices(num_blocks: Sequence[int], channels: int, dropout: float, block: str, se: str,
+                  se_reduction: int) -> None:
+    """Raise ValueError for what no network can be built from."""
     if not num_blocks or min(num_blocks) < 1:
         raise ValueError(f"--num-blocks {' '.join(map(str, num_blocks))}: every layer needs at least one block")
     if channels < 1:
         raise ValueError(f"--channels {channels}: at least 1 is needed")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"--dropout {dropout}: a probability of at least 0 and below 1 is needed")
     if block not in BLOCKS:
         raise ValueError(f"--block {block}: choose from {', '.join(BLOCKS)}")
     if se not in SE_PLACES:
         raise ValueError(f"--se {se}: choose from {', '.join(SE_PLACES)}")
     if se != "none" and not 1 <= se_reduction <= channels:
         raise ValueError(f"--se-reduction {se_reduction} leaves no channel of {channels}; choose 1 to {channels}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout {dropout}: a probability of at least 0 and below 1 is needed")
-    last_size = IMAGE_SIZE
-    for _ in num_blocks[1:]:
-        last_size = -(-last_size // 2)
-    if pool_size is not None and not 1 <= pool_size <= last_size:
-        raise ValueError(f"--pool-size {pool_size}: the last map is {last_size}x{last_size}; "
-                         f"choose 1 to {last_size}")
-    return last_size if pool_size is None else pool_size
 
 
-def build_model(num_blocks: Sequence[int] = (4, 4, 3), channels: int = 64, kernel_sizes: int | Sequence[int] = 3,
-                shortcut_kernel_sizes: int | Sequence[int] = 1, pool_size: int | None = None,
-                dropout: float = 0.0, block: str = "basic", se: str = "stem", se_reduction: int = 16,
-                num_classes: int = 10, max_params: int = 5_000_000) -> SEResNet:
-    """Build the published SE-ResNet [4, 4, 3] of 4,697,742 parameters, or a relative of it.
-
-    Args:
-        num_blocks: Residual blocks of each layer; the first layer keeps 32x32, every other one halves it.
-        channels: Channels of the first layer; doubled in every further one.
-        kernel_sizes: Of the blocks' convolutions, one for all layers or one for each.
-        shortcut_kernel_sizes: Of the shortcuts that change the shape, likewise.
-        pool_size: Of the last average pooling; None is the whole map.
-        dropout: Probability after each block and before the linear layer.
-        block: "basic" (arXiv 1512.03385) or "preact" (arXiv 1603.05027).
-        se: Squeeze and excitation after the "stem", in every residual "block", or "none".
-        se_reduction: Channels per squeezed channel.
-        num_classes: Length of the logits.
-        max_params: A larger model is refused; 0 is no limit.
+def build_model(*choices: Any, max_params: int = 5_000_000, **more_choices: Any) -> SEResNet:
+    """Build the published SE-ResNet [4, 4, 3] of 4,697,742 parameters, or by `SEResNet`'s arguments a relative of it.
 
     Raises:
-        ValueError: A choice is impossible or the model too large; the message names the flag.
+        ValueError: A choice is impossible, or the model has more than `max_params` parameters (0 is no limit).
     """
-    pool_size = check_choices(num_blocks, channels, pool_size, dropout, block, se, se_reduction)
-    make_block = partial(BLOCKS[block], se_reduction=se_reduction if se == "block" else None, dropout=dropout)
-    make_model = partial(
-        SEResNet, make_block, num_blocks, channels,
-        per_layer("--kernel-sizes", kernel_sizes, len(num_blocks)),
-        per_layer("--shortcut-kernel-sizes", shortcut_kernel_sizes, len(num_blocks)),
-        pool_size, dropout, block == "preact", se_reduction if se == "stem" else None, num_classes)
     with torch.device("meta"):  # counts without memory, so that a typing error does not fill the machine
-        count = count_parameters(make_model())
+        count = count_parameters(SEResNet(*choices, **more_choices))
     if max_params and count > max_params:
         raise ValueError(f"--max-params {max_params:,}: the model has {count:,} parameters; "
                          "make it smaller, or raise the limit (0 is none)")
-    return make_model()
+    return SEResNet(*choices, **more_choices)
 
 
 def count_parameters(model: nn.Module) -> int:

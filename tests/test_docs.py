@@ -1,0 +1,62 @@
+"""The documents: every command in the README is one that the program takes."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import options
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.S)
+            for line in block.replace("\\\n", " ").splitlines()]
+
+
+def arguments(line: str) -> list[str]:
+    """Give what follows `train.py` in a command of the README."""
+    words = shlex.split(line.split("train.py", 1)[1], comments=True)
+    return ["@" + str(ROOT / word[1:]) if word.startswith("@") else word for word in words]
+
+
+@pytest.mark.parametrize("line", sorted({line for line in COMMANDS if "train.py" in line}))
+def test_commands_are_parsed_by_the_real_parser(line, capsys):
+    try:
+        options.parse_args(arguments(line.replace('"$optimizer"', "sgd").replace('"$lr"', "0.1").replace("$seed", "0")))
+    except SystemExit as exit:
+        assert exit.code == 0, capsys.readouterr().err  # --help
+
+
+def test_the_readme_names_every_flag():
+    flags = {flag for action in options.get_parser()._actions for flag in action.option_strings}
+    missing = sorted(flag for flag in flags if flag.startswith("--") and not flag.startswith(("--no-", "--help"))
+                     and not re.search(re.escape(flag) + r"(?![\w-])", README))
+    assert missing == []
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {target for line in COMMANDS for target in re.findall(r"\bmake ([a-z-]+)", line)}
+    assert named and named <= targets
+
+
+def test_links_and_pictures_exist():
+    links = re.findall(r"\]\(([^)#:\s]+)\)", README) + re.findall(r'src="([^":]+)"', README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_tool_names_itself_in_the_readme():
+    assert [path.name for path in (ROOT / "tools").glob("*.py")
+            if "argparse" in path.read_text() and f"tools/{path.name}" not in README] == []
+
+
+def test_help_shows_defaults_in_groups(capsys):
+    parser = options.get_parser()
+    assert isinstance(parser, argparse.ArgumentParser)
+    text = parser.format_help()
+    for group in ("data", "model", "optimisation", "augmentation", "speed", "output", "modes"):
+        assert f"\n{group}:\n" in text
+    assert "(default: 200)" in text and "--augment, --no-augment" in text
