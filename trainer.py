@@ -252,9 +252,9 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Collect what a checkpoint holds; every process must call it."""
         averaged = self.ema and {**self.kept.state_dict(), "n_averaged": self.ema.n_averaged}
-        return {"model": self.model.state_dict(), "ema": averaged, "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step,
-                "best_accuracy": self.best_accuracy, "history": self.history,
+        return {"model": self.model.state_dict(), "ema": averaged, "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
+                "step": self.step, "best_accuracy": self.best_accuracy, "history": self.history,
                 "totals": {"sums": self.processes.gather(self.totals.cpu()), "seconds": self.seconds},
                 "rng": self.processes.gather(get_random_state(self.device)), "args": saved_args(self.args),
                 "classes": self.held_out.classes, "environment": self.environment()}

@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -353,7 +352,8 @@ class Signals:
             self.save = True
         elif self.stop is None:
             self.stop, self._time = number, time.monotonic()
-            print("\nstopping after this step, once saved; again ends at once", file=sys.stderr, flush=True)
+            # not print: the signal may have come in the middle of one, and a stream cannot be entered twice
+            os.write(2, b"\nstopping after this step, once saved; again ends at once\n")
         elif time.monotonic() - self._time > 0.5:  # a terminal and torchrun may both pass on the same Ctrl-C
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
