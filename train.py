@@ -32,10 +32,16 @@ from utils import (
 
 
 def open_run(args: Namespace) -> tuple[RunFolder, Path | None]:
-    """Turn `--name` and `--resume` into a run folder, and the one file of it that is asked for, if any."""
+    """Turn `--name` and `--resume` into a run folder, and the one file of it that is asked for, if any.
+
+    Raises:
+        UserError: `--resume PATH` is not there.
+    """
     if args.resume in (None, "auto", "last"):
         return RunFolder(Path(args.checkpoint_dir) / args.name), None
     path = Path(args.resume)
+    if not path.exists():
+        raise UserError(f"--resume {path}: there is no such run folder or checkpoint")
     return (RunFolder(path), None) if path.is_dir() else (RunFolder(path.parent), path)
 
 
@@ -50,13 +56,14 @@ def find_checkpoint(args: Namespace, folder: RunFolder, file: Path | None) -> di
                         "or choose another --name")
     if args.resume is None or (args.resume == "auto" and not folder.holds_run()):
         return None
-    if not folder.path.is_dir():
-        load_run(folder, file)  # says that there is no run, and makes no folder
+    if not folder.holds_run():
+        load_run(folder, file)  # says so, before the lock leaves a file in a folder that is no run's
     folder.open()
-    checkpoint, note = load_run(folder, file)
-    if note:
-        print(f"warning: {note}", file=sys.stderr)
-        os.replace(folder.last, folder.path / "damaged.pt")  # or the next save would move it over the good one
+    checkpoint, path, errors = load_run(folder, file)
+    if errors:
+        print(f"warning: {errors[0]}; going on from {path}", file=sys.stderr)
+    if path.name != folder.last.name and folder.last.exists():
+        os.replace(folder.last, folder.path / "replaced.pt")  # or the next save would move it over the good one
     if checkpoint["best_accuracy"] is not None:
         try:
             load_checkpoint(folder.best)

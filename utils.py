@@ -197,7 +197,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     model.load_state_dict(weights)
 
 
-def load_run(folder: RunFolder, file: Path | None = None) -> tuple[dict[str, Any], str | None]:
+def load_run(folder: RunFolder, file: Path | None = None) -> tuple[dict[str, Any], Path, list[str]]:
     """Read the newest whole checkpoint of a run: `last.pt`, or if that is damaged `previous.pt`.
 
     Args:
@@ -205,7 +205,7 @@ def load_run(folder: RunFolder, file: Path | None = None) -> tuple[dict[str, Any
         file: Read this one of its files, and no other.
 
     Returns:
-        The checkpoint, and a line that tells of a fall back to the older file, or None.
+        The checkpoint, its file, and what was wrong with a newer one.
 
     Raises:
         UserError: There is no run, or no whole checkpoint; the message names each file tried.
@@ -221,7 +221,7 @@ def load_run(folder: RunFolder, file: Path | None = None) -> tuple[dict[str, Any
             if missing := CHECKPOINT_KEYS - checkpoint.keys():
                 raise UserError(f"checkpoint {path} cannot be resumed, it holds no {', '.join(sorted(missing))}; "
                                 "use --init for its weights alone")
-            return checkpoint, f"{errors[0]}; going on from {path}" if errors else None
+            return checkpoint, path, errors
         except UserError as error:
             errors.append(str(error))
     raise UserError("; ".join(errors))
