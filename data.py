@@ -270,6 +270,9 @@ class Loader:
         """Yield inputs and targets for consecutive rows of `draws`, `sizes` many at a time."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """End what the loader has started."""
+
 
 class DeviceLoader(Loader):
     """The whole set as bytes in the device's memory; batches are cut, mirrored and normalised there."""
@@ -309,7 +312,8 @@ class WorkersLoader(Loader):
         self.loader = DataLoader(
             ImageDataset(self.images, self.targets, self.augment, self.normalize, self.trivial),
             batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
-            multiprocessing_context=context, worker_init_fn=ignore_interrupt, collate_fn=collate,
+            multiprocessing_context=context, worker_init_fn=ignore_signals, collate_fn=collate,
+            generator=torch.Generator(),  # for its seeds, which nobody uses: the run's own state must not move
             pin_memory=self.device.type == "cuda")
 
     def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -318,6 +322,10 @@ class WorkersLoader(Loader):
         for inputs, targets in self.loader:
             yield (inputs.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
                    targets.to(self.device, non_blocking=True))
+
+    def close(self) -> None:
+        if self.loader._iterator is not None:  # there is no public way; left to the garbage collector, which may
+            self.loader._iterator._shutdown_workers()  # take the queues first, each worker lives on for 5 s
 
 
 class ImageDataset(Dataset):
@@ -350,6 +358,8 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.stack(targets)
 
 
-def ignore_interrupt(_: int) -> None:
-    """Leave Ctrl-C to the main process, which finishes its step and then ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_: int) -> None:
+    """Leave a job's signals to the main process, which finishes its step and then ends the workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

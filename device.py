@@ -81,8 +81,8 @@ def compile_or_warn(function: Callable, device: torch.device, probe: Callable[[C
         device: Where it runs; on CUDA the launches are recorded as CUDA graphs.
         probe: Calls the compiled function once, forward and backward, without a lasting effect.
     """
-    compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     try:
+        compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
         probe(compiled)
         return compiled
     except Exception as error:  # whatever Dynamo, Inductor, Triton or a missing C compiler may raise

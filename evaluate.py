@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import models
 import options
 import plots
 from augment import SIZE, to_input
-from utils import Processes, UserError, load_checkpoint, load_weights, write_text
+from utils import Processes, UserError, check_weights, load_checkpoint, load_weights, write_text
 
 BATCH_SIZE = 1000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -66,7 +67,7 @@ def score(logits: Tensor, targets: Tensor) -> dict[str, float]:
     """Give the mean loss and the accuracy in percent of logits (N, 10) against targets (N,)."""
     targets = targets.to(logits.device)
     return {"loss": F.cross_entropy(logits, targets).item(),
-            "accuracy": 100 * (logits.argmax(1) == targets).float().mean().item()}
+            "accuracy": 100 * (logits.argmax(1) == targets).sum().item() / len(targets)}
 
 
 def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
@@ -135,13 +136,15 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
     checkpoint, given = load_checkpoint(path), given or {}
     saved = checkpoint["args"]
     options.refuse_changes(given, saved, (*options.MODEL_FLAGS, "normalize"), "leave it out")
-    try:
-        model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
     weights = checkpoint["model"]
     if checkpoint.get("ema"):  # of a last.pt; n_averaged is the only key beside the averaged weights
         weights = {name: value for name, value in checkpoint["ema"].items() if name != "n_averaged"}
+    try:
+        with torch.device("meta"):  # where a network takes no memory, however large the file says that it is
+            check_weights(models.SEResNet(**options.model_args({**given, **saved})), weights, path)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
+    model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
     load_weights(model, weights, path)
     info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
             "normalize": saved.get("normalize", given.get("normalize", True)), "args": saved}
@@ -220,7 +223,7 @@ def find_pictures(paths: Sequence[str]) -> list[Path]:
         if not path.exists():
             raise UserError(f"--predict {path}: no such file or folder")
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not found:
                 raise UserError(f"--predict {path}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file")
             pictures += found
@@ -239,7 +242,10 @@ def read_picture(path: Path) -> np.ndarray:
         UserError: It is no such file, is damaged, or claims too many pixels.
     """
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            image = Image.open(path, formats=("PNG", "JPEG"))
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
             if image.size != (SIZE, SIZE):

@@ -31,7 +31,11 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, mo
         settings["nesterov"] = nesterov
     if name in ("sgd", "adam", "adamw") and parameters[0].device.type in ("cuda", "cpu"):
         settings["fused"] = True  # one kernel over all parameters; elsewhere torch picks foreach where it can
-    return OPTIMIZERS[name][0](parameters, **settings)
+    optimizer = OPTIMIZERS[name][0](parameters, **settings)
+    if name == "sgd" and momentum:  # torch's fused form leaves them unwritten if fp16 overflows in the first step
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
@@ -60,5 +64,8 @@ def _cosine(start: float, end: float, progress: float) -> float:
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch: int, epochs: int,
                     warmup_epochs: float) -> lr_scheduler.LambdaLR:
     """Make the schedule; it is stepped after every optimiser step."""
-    total, warmup = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
-    return lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, name))
+    total = epochs * steps_per_epoch
+    warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, name))
+    optimizer.step()  # no gradients, no effect; or torch would warn where fp16 skips the very first step
+    return scheduler

@@ -253,7 +253,35 @@ def merge_resumed(args: Namespace, given: dict[str, Any], saved: dict[str, Any])
     Raises:
         UserError: A flag is given whose value would change the result.
     """
+    check_saved(saved)
     refuse_changes(given, saved, [name for name in vars(args) if name not in FREE_ON_RESUME],
                    "leave it out; other settings, and longer training, are a new run with --init FILE")
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
-    return Namespace(**{**vars(args), **saved, **free, "resume": args.resume})
+    merged = Namespace(**{**vars(args), **saved, **free, "resume": args.resume})
+    check_training(merged, {})
+    return merged
+
+
+def check_saved(saved: Any) -> None:
+    """Refuse settings of a checkpoint that no command line gives.
+
+    Raises:
+        UserError: With the name of the first one.
+    """
+    if not isinstance(saved, dict):
+        raise UserError("the checkpoint's args are no dict; it is of another program")
+    for action in get_parser()._actions:
+        if action.dest in saved and not _is_possible(action, saved[action.dest]):
+            raise UserError(f"the checkpoint's args have an impossible {action.dest}; it is of another program")
+
+
+def _is_possible(action: argparse.Action, value: Any) -> bool:
+    values = value if action.nargs == "+" and isinstance(value, list) else [value]
+    if value is None or isinstance(action, argparse.BooleanOptionalAction):
+        return value is action.default or isinstance(value, bool)
+    if isinstance(action, argparse._StoreTrueAction) or not all(type(v) in (int, float, str) for v in values):
+        return False
+    try:
+        return all((action.type or str)(str(v)) == v and v in (action.choices or [v]) for v in values)
+    except (ValueError, argparse.ArgumentTypeError):
+        return False

@@ -1,8 +1,10 @@
 """Train, resume, evaluate, predict with and summarise the SE-ResNet on CIFAR-10: `python train.py --help`."""
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,9 +25,11 @@ from utils import (
     RunFolder,
     Signals,
     UserError,
+    check_weights,
     load_checkpoint,
     load_run,
     load_weights,
+    say,
     start_processes,
     write_text,
 )
@@ -51,9 +55,8 @@ def find_checkpoint(args: Namespace, folder: RunFolder, file: Path | None) -> di
     Raises:
         UserError: The folder holds a run, or none, or a damaged one, or is in use.
     """
-    if args.resume is None and folder.holds_run() and not args.overwrite:
-        raise UserError(f"{folder.path} holds a run; go on with it by --resume, replace it by --overwrite, "
-                        "or choose another --name")
+    if args.resume is None:
+        refuse_overwriting(args, folder)
     if args.resume is None or (args.resume == "auto" and not folder.holds_run()):
         return None
     if not folder.holds_run():
@@ -115,6 +118,9 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
     device = devices.pick_device(args.device, processes.local_rank)
     devices.set_up_backend(device, args.deterministic)
     torch.manual_seed(args.seed)
+    if checkpoint is not None:  # without memory first, as in evaluate.load_model
+        with torch.device("meta"):
+            check_weights(build_model(args), checkpoint["model"], folder.path)
     model = build_model(args).to(device, memory_format=torch.channels_last)
     if args.init and checkpoint is None:
         load_weights(model, processes.first_do(lambda: load_checkpoint(args.init)["model"]), args.init)
@@ -130,9 +136,20 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
     if checkpoint is not None:
         try:
             trainer.load_state(checkpoint)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint in {folder.path} does not fit together ({error})") from error
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the checkpoint in {folder.path} does not fit together ({error!r:.200})") from error
     return trainer, test
+
+
+def refuse_overwriting(args: Namespace, folder: RunFolder) -> None:
+    """Refuse to start a new run where one lies.
+
+    Raises:
+        UserError: There is one, and no `--overwrite`.
+    """
+    if folder.holds_run() and not args.overwrite:
+        raise UserError(f"{folder.path} holds a run; go on with it by --resume, replace it by --overwrite, "
+                        "or choose another --name")
 
 
 def start_folder(args: Namespace, folder: RunFolder) -> None:
@@ -142,6 +159,7 @@ def start_folder(args: Namespace, folder: RunFolder) -> None:
         UserError: It cannot be written, or is in use.
     """
     folder.open()
+    refuse_overwriting(args, folder)  # again: one may have begun, and stopped, while the data were read
     folder.clear()
     write_text(folder.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
 
@@ -160,15 +178,18 @@ def build_model(args: Namespace) -> models.SEResNet:
 
 def train(args: Namespace, given: dict[str, Any]) -> int:
     """Train a run, new or resumed, to its end or to a signal; return the exit status."""
+    if hasattr(signal, "SIGUSR1"):  # outside the loop there is nothing to save, and nothing to die of
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     processes = start_processes()
     trainer, test = set_up(args, given, processes)
-    say = print if processes.is_first else lambda *_: None
-    say(describe(trainer))
-    with Signals() as signals:
+    if processes.is_first:
+        say(describe(trainer))
+    with Signals() as signals, contextlib.closing(trainer.loader):
         while trainer.epoch < trainer.args.epochs:
             if stop := trainer.train_epoch(signals):
-                say(f"stopped in epoch {trainer.epoch + 1} after step {trainer.step}, all saved; go on with: "
-                    f"{resume_command(trainer.folder)}")
+                if processes.is_first:
+                    say(f"stopped in epoch {trainer.epoch + 1} after step {trainer.step}, all saved; go on with: "
+                        f"{resume_command(trainer.folder)}")
                 return 128 + stop
             trainer.finish_epoch()
     trainer.save()
@@ -176,7 +197,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
     if processes.is_first:
         evaluate.draw_pictures(trainer.folder.path, trainer.logits, test)
         write_text(trainer.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-        print(describe_results(results, trainer.folder))
+        say(describe_results(results, trainer.folder))
     return 0
 
 
@@ -240,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run(args, given)
     except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (RunError, OSError, torch.OutOfMemoryError) as error:
         print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)

@@ -5,6 +5,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from utils import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
+    say,
     set_random_state,
     write_text,
 )
@@ -112,11 +114,13 @@ class Trainer:
             targets = torch.zeros(len(inputs), dtype=torch.int64, device=self.device)
             buffers = [buffer.clone() for buffer in self.model.buffers()]
             state = get_random_state(self.device)
-            function(inputs.contiguous(memory_format=torch.channels_last), targets)[0].backward()
-            set_random_state(state, self.device)
-            self.optimizer.zero_grad()
-            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(value)
+            try:
+                function(inputs.contiguous(memory_format=torch.channels_last), targets)[0].backward()
+            finally:
+                set_random_state(state, self.device)
+                self.optimizer.zero_grad()
+                for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(value)
         self.forward = devices.compile_or_warn(self.forward_loss, self.device, probe)
 
     def train_step(self, inputs: Tensor, targets: Tensor, *mixed: Tensor) -> None:
@@ -206,15 +210,15 @@ class Trainer:
         """Agree with all processes, at the same step, whether to stop and whether to save.
 
         Alone, and on CPUs, where nothing is gained by waiting longer, that is after every step; several GPUs look up
-        from their work only at the log interval.
+        from their work only at the log interval and at an epoch's end.
         """
         often = self.processes.size == 1 or self.device.type == "cpu" or self.args.save_minutes == 0
-        if not often and self.step % self.args.log_interval:
+        if not often and self.step % self.args.log_interval and self.step < len(self.loader):
             return None, False
         due = time.monotonic() - self.saved_at >= 60 * self.args.save_minutes
-        votes = self.processes.max(torch.tensor([signals.stop or 0, signals.save or (due and self.processes.is_first)]))
-        stop, save = votes.tolist()
-        signals.save = False
+        asked, signals.save = signals.save, False  # before the others are waited for, or a signal meanwhile is lost
+        stop, save = self.processes.max(
+            torch.tensor([signals.stop or 0, asked or (due and self.processes.is_first)])).tolist()
         return stop or None, bool(save)
 
     def finish_epoch(self) -> None:
@@ -232,15 +236,19 @@ class Trainer:
         self.history.append(row)
         self.epoch, self.step, self.seconds, self.totals = self.epoch + 1, 0, 0.0, self.no_totals()
         if self.best_accuracy is None or found["accuracy"] > self.best_accuracy:
-            self.best_accuracy = found["accuracy"]
-            weights = {name: value.clone() for name, value in self.kept.state_dict().items()}
-            self.best = {"model": weights, "epoch": self.epoch, "accuracy": self.best_accuracy,
-                         "picked_by": self.kind, "args": saved_args(self.args), "classes": self.held_out.classes}
+            self.keep_best(found["accuracy"])
         if self.processes.is_first:
             name = SPLIT_NAMES[self.kind]
-            print(f"epoch {self.epoch}/{self.args.epochs}  loss {loss:.4f}  accuracy {100 * hits:.2f} %  "
-                  f"{name} loss {found['loss']:.4f}  {name} accuracy {found['accuracy']:.2f} %  "
-                  f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s", flush=True)
+            say(f"epoch {self.epoch}/{self.args.epochs}  loss {loss:.4f}  accuracy {100 * hits:.2f} %  "
+                f"{name} loss {found['loss']:.4f}  {name} accuracy {found['accuracy']:.2f} %  "
+                f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s")
+
+    def keep_best(self, accuracy: float) -> None:
+        """Note the weights at the end of an epoch as the best so far."""
+        weights = {name: value.clone() for name, value in self.kept.state_dict().items()}
+        self.best_accuracy = accuracy
+        self.best = {"model": weights, "epoch": self.epoch, "accuracy": accuracy, "picked_by": self.kind,
+                     "args": saved_args(self.args), "classes": self.held_out.classes}
 
     def predict(self, split: data.Split) -> Tensor:
         """Give the logits of a split, on all processes together."""
@@ -265,15 +273,26 @@ class Trainer:
                 "compile": self.forward != self.forward_loss, "processes": self.processes.size}
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; warn in one line where the continuation cannot be exact."""
+        """Take up the state of a checkpoint; warn in one line where the continuation cannot be exact.
+
+        Raises:
+            ValueError, KeyError, TypeError, RuntimeError: It is not of this run.
+        """
+        self.check_progress(saved)
         load_weights(self.model, saved["model"], self.folder.path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        for part, name in ((self.optimizer, "optimizer"), (self.scheduler, "scheduler")):
+            expected = part.state_dict()
+            part.load_state_dict(saved[name])
+            if not has_form(part.state_dict(), expected):
+                raise ValueError(f"its {name} is of another kind")
+        for parameter, state in self.optimizer.state.items():
+            if any(value.shape not in ((), parameter.shape) for value in state.values() if value is not None):
+                raise ValueError("its optimizer is of other shapes")
         if self.ema is not None:
             averaged = dict(saved["ema"])
             self.ema.n_averaged.copy_(averaged.pop("n_averaged"))
             load_weights(self.kept, averaged, self.folder.path)
-        if saved["scaler"] and self.scaler.is_enabled():
+        if saved["scaler"] and self.scaler.is_enabled() and has_form(saved["scaler"], self.scaler.state_dict()):
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
         self.best_accuracy, self.seconds = saved["best_accuracy"], saved["totals"]["seconds"]
@@ -283,10 +302,31 @@ class Trainer:
         elif self.processes.is_first:
             self.totals.copy_(torch.stack(sums).sum(0))
         set_random_state(states[self.processes.rank % len(states)], self.device)
+        if self.best_accuracy is None and self.history and self.step == 0:  # best.pt is damaged; this may be the end
+            self.keep_best(self.history[-1][f"{self.kind}_accuracy"])
         changed = [f"{name} {saved['environment'][name]} -> {here[name]}" for name in here
                    if saved["environment"][name] != here[name]]
         if changed and self.processes.is_first:
             print(f"warning: the run goes on, but not to the bit: {', '.join(changed)}", file=sys.stderr)
+
+    def check_progress(self, saved: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose counters, rows and sums are not of one run of this length.
+
+        Raises:
+            ValueError: They are not.
+        """
+        epoch, step, history, accuracy = (saved[name] for name in ("epoch", "step", "history", "best_accuracy"))
+        if not (type(epoch) is type(step) is int and 0 <= epoch <= self.args.epochs and 0 <= step <= len(self.loader)
+                and saved["scheduler"]["last_epoch"] == epoch * len(self.loader) + step):
+            raise ValueError(f"epoch {ascii(epoch)[:20]} and step {ascii(step)[:20]} of {self.args.epochs} epochs of "
+                             f"{len(self.loader)} steps")
+        numbers = [row[name] for row in history for name in COLUMNS]
+        if len(history) != epoch or not all(type(n) in (int, float, NoneType) for n in [*numbers, accuracy]):
+            raise ValueError("its history has other rows")
+        sums = saved["totals"]["sums"]
+        if type(saved["totals"]["seconds"]) is not float or not has_form(sums, [torch.zeros_like(sums[0])] * len(sums))\
+                or sums[0].shape != (2,):
+            raise ValueError("its totals are no sums of loss and hits")
 
     def save(self) -> None:
         """Write checkpoint, best weights, metrics and pictures; every process must call it.
@@ -294,8 +334,8 @@ class Trainer:
         Raises:
             RunError: The weights are not finite, or the files cannot be written; the older ones are whole.
         """
-        if not all_finite(list(self.model.state_dict().values())):
-            self.fail_non_finite("a weight")
+        if not all_finite([*self.model.state_dict().values(), self.totals]):
+            self.fail_non_finite("a weight or the loss")
         state = self.state()
         if self.processes.is_first:
             try:
@@ -341,6 +381,17 @@ class Trainer:
                 **self.environment(), "device": devices.describe(self.device),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
                              "torchvision": torchvision.__version__, "numpy": np.__version__}}
+
+
+def has_form(found: Any, expected: Any) -> bool:
+    """Tell whether a value has all keys, and the types, lengths and shapes, of another."""
+    if isinstance(expected, Tensor):
+        return isinstance(found, Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    if isinstance(expected, dict):
+        return isinstance(found, dict) and all(k in found and has_form(found[k], v) for k, v in expected.items())
+    if isinstance(expected, list | tuple):
+        return isinstance(found, list | tuple) and len(found) == len(expected) and all(map(has_form, found, expected))
+    return type(found) is type(expected)
 
 
 def saved_args(args: Namespace) -> dict[str, Any]:

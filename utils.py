@@ -1,7 +1,9 @@
 """Checkpoints, run folder, random state, processes and signals: what keeps a run safe. No word of images here."""
 
+import contextlib
 import io
 import os
+import pickletools
 import signal
 import time
 import zipfile
@@ -16,10 +18,24 @@ from torch import Tensor, nn
 CHECKPOINT_VERSION = 1
 CHECKPOINT_KEYS = {"version", "model", "optimizer", "scheduler", "scaler", "epoch", "step", "totals", "best_accuracy",
                    "history", "args", "rng", "classes", "environment"}
+# What a run writes. Removed in this order, so that a kill meanwhile leaves a run that can go on, or none.
+RUN_FILES = ("args.json", "results.json", "curves.png", "confusion.png", "mistakes.png", "metrics.csv", "best.pt",
+             "replaced.pt", "previous.pt", "last.pt")
+MAX_PICKLE_BYTES = 16 * 2**20  # of a checkpoint without its tensors; 200 epochs have 0.1 MB
+PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+                *(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Byte Bool".split())}
 
 
 class UserError(ValueError):
     """A mistake of the user's: told in one line, without a traceback, exit status 2."""
+
+
+def say(text: str) -> None:
+    """Print to who reads it; that no one does any more, as with `| head`, is no reason for a run to fail."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -58,7 +74,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically, in UTF-8."""
-    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
+    content = text.encode(errors="surrogateescape")  # a file's name may be no UTF-8
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 class RunFolder:
@@ -91,8 +108,9 @@ class RunFolder:
             self.close()
             raise UserError(f"run folder {self.path} is in use by another process; wait for it, or choose "
                             "another --name") from error
-        for temporary in self.path.glob(".*.tmp"):
-            temporary.unlink()
+        for name in RUN_FILES:
+            for temporary in self.path.glob(f".{name}.*.tmp"):
+                temporary.unlink()
 
     def close(self) -> None:
         """Give the lock back; it is also given back when the process ends, however it ends."""
@@ -102,9 +120,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove the run that lies here (`--overwrite`), and nothing but the files that a run writes."""
-        for name in ("*.pt", "metrics.csv", "args.json", "results.json", "*.png"):
-            for path in self.path.glob(name):
-                path.unlink()
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
 
 
 def _lock_file(descriptor: int) -> None:
@@ -152,6 +169,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                     raise UserError(f"checkpoint {path} is a compressed archive, expected one of torch.save's")
                 if (broken := archive.testzip()) is not None:
                     raise UserError(f"checkpoint {path} is damaged ({broken} fails its checksum); use an older one")
+                for entry in archive.infolist():
+                    if entry.filename.lower().endswith("data.pkl"):  # as torch finds it
+                        _check_pickle(archive.read(entry))
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
@@ -173,6 +193,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _check_pickle(content: bytes) -> None:
+    """Refuse what `torch.load` would do for minutes, or in gigabytes: a few of its functions, and nested containers.
+
+    A container that is fetched again can hold itself twice, and that 30 times over.
+
+    Raises:
+        ValueError: The pickle does more than those of this program, or of the published code.
+    """
+    if len(content) > MAX_PICKLE_BYTES:
+        raise ValueError(f"a pickle of {len(content):,} bytes")
+    before, plain = "", set()
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and argument not in PICKLE_NAMES:
+            raise ValueError(f"it names {argument}")
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            (plain.add if before in ("BINUNICODE", "GLOBAL") else plain.discard)(argument)
+        if opcode.name in ("BINGET", "LONG_BINGET") and argument not in plain:
+            raise ValueError("it holds something twice")
+        before = opcode.name
+
+
 def _plain_weights(weights: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(item, Tensor) for item in weights.values()):
         raise UserError(f"checkpoint {path}: its model is no dict of tensors")
@@ -182,8 +223,8 @@ def _plain_weights(weights: Any, path: Path) -> dict[str, Tensor]:
     return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load weights into a model of exactly that architecture.
+def check_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Refuse weights that are not of exactly this architecture; the model may lie on the meta device.
 
     Raises:
         UserError: A key or shape differs; the message names the first one.
@@ -194,6 +235,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
         if found != wanted:
             raise UserError(f"checkpoint {path} is of another architecture: {name} has {found}, expected {wanted}; "
                             "give the model flags that it was trained with")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Load weights, after `check_weights`."""
+    check_weights(model, weights, path)
     model.load_state_dict(weights)
 
 
@@ -317,7 +363,11 @@ def start_processes() -> Processes:
     """Join the processes that torchrun started, if it did: NCCL for GPU tensors, gloo for the rest."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Processes()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun's store outlives a restart, and in it the addresses of killed processes: each life needs its own names
+    store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                            world_size=size)
     return Processes(dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size())
 
 
@@ -353,7 +403,8 @@ class Signals:
         elif self.stop is None:
             self.stop, self._time = number, time.monotonic()
             # not print: the signal may have come in the middle of one, and a stream cannot be entered twice
-            os.write(2, b"\nstopping after this step, once saved; again ends at once\n")
+            with contextlib.suppress(OSError):  # whom it is for may have gone: Ctrl-C ends `| tee`, too
+                os.write(2, b"\nstopping after this step, once saved; again ends at once\n")
         elif time.monotonic() - self._time > 0.5:  # a terminal and torchrun may both pass on the same Ctrl-C
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

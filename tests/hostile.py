@@ -140,6 +140,8 @@ def bombs() -> dict[str, tuple[bytes, str]]:
     return {
         "ndarray of 2 GB": (b"cnumpy\nndarray\n((" + far + b"ttR.", "ndarray(a tuple)"),
         "array of 2 GB": (RECONSTRUCT + b"(K\x01(" + far + b"t" + UINT8 + b"I00\nU\0tb.", array),
+        "array set twice": (RECONSTRUCT + (b"(K\x01K\x01\x85" + UINT8 + b"I00\nU\x01xtb") * 2 + b".",
+                            "an array(1, a tuple,"),
         "reconstructed with 2 GB": (RECONSTRUCT.replace(b"K\0", far) + b".", "_reconstruct("),
         "buffer of 2 GB": (buffer + far + b"\x85" + order + b".", array),
         "no bytes, huge sides": (buffer.replace(b"\x01x", b"\0") + b"(K\0" + huge * 3 + b"t" + order + b".", "found"),

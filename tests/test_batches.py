@@ -162,8 +162,13 @@ def test_written_label_names(tmp_path):
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "batch"
     batches.write_batch(path, IMAGES, np.array(LABELS), "old")
-    monkeypatch.setattr(Path, "write_bytes", lambda self, content: (self.touch(), 1 / 0))
-    with pytest.raises(ZeroDivisionError):
+
+    def write_half(path, content):
+        path.write_text("half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match="no space"):
         batches.write_batch(path, IMAGES[:1], np.array([1]), "new")
     assert_read(path)
     assert list(tmp_path.iterdir()) == [path]
@@ -240,6 +245,7 @@ def test_bad_content(file, change, found):
     (b"}(Na.", "found"),
     (b"}(U\x01au.", "found a truncated or damaged pickle (ValueError"),
     (b"]U\x01aNs.", "found"),
+    (b"])b.", "found a truncated or damaged pickle (AttributeError"),
 ])
 def test_bad_files(file, content, found):
     assert found in error_of(batches.read_labelled, file(content))
