@@ -40,7 +40,7 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device, preci
         device: Where to compute.
         precision: fp32, bf16 or fp16.
         normalize: As the network was trained.
-        tta: Average the log-probabilities over each image and its mirror image.
+        tta: Average the probabilities over each image and its mirror image.
         processes: Those that share the work; all of them get the whole result.
 
     Returns:
@@ -177,6 +177,7 @@ def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder {folder} cannot be made ({error.strerror})") from error
+    split = split._replace(images=split.images.cpu(), targets=split.targets.cpu())
     plots.safely(plots.draw_confusion, confusion_matrix(logits, split.targets).numpy(), split.classes,
                  folder / "confusion.png")
     confidence, guess = (tensor.cpu() for tensor in logits.softmax(1).max(1))

@@ -29,8 +29,8 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, mo
         settings["momentum"] = momentum
     if name == "sgd":
         settings["nesterov"] = nesterov
-    if name in ("sgd", "adam", "adamw") and parameters[0].device.type in ("cuda", "cpu"):
-        settings["fused"] = True  # one kernel over all parameters; elsewhere torch picks foreach where it can
+    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; elsewhere torch picks foreach where it can
+        settings["fused"] = parameters[0].device.type in ("cuda", "cpu")
     optimizer = OPTIMIZERS[name][0](parameters, **settings)
     if name == "sgd" and momentum:  # torch's fused form leaves them unwritten if fp16 overflows in the first step
         for parameter in parameters:

@@ -189,7 +189,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
             if stop := trainer.train_epoch(signals):
                 if processes.is_first:
                     say(f"stopped in epoch {trainer.epoch + 1} after step {trainer.step}, all saved; go on with: "
-                        f"{resume_command(trainer.folder)}")
+                        f"{resume_command(trainer.folder, processes)}")
                 return 128 + stop
             trainer.finish_epoch()
     trainer.save()
@@ -230,9 +230,11 @@ def describe_results(results: dict[str, Any], folder: RunFolder) -> str:
                       f"weights, metrics and pictures in {folder.path}"])
 
 
-def resume_command(folder: RunFolder) -> str:
-    """Give the command that goes on with a run."""
-    return f"python train.py --resume {shlex.quote(str(folder.path))}"
+def resume_command(folder: RunFolder, processes: Processes) -> str:
+    """Give the command that goes on with a run; on several machines, torchrun's own flags come to it."""
+    alone = processes.size == 1
+    launcher = "python" if alone else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{launcher} train.py --resume {shlex.quote(str(folder.path))}"
 
 
 def print_summary(args: Namespace) -> None:
