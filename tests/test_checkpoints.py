@@ -170,7 +170,8 @@ BOMBS = {
     "message": doubled(b"}X\x05\0\0\0model}sX\x04\0\0\0args}sX\x07\0\0\0version", b"s."),
     "persistent": doubled(b"(X\x07\0\0\0storagectorch\nFloatStorage\n", b"X\x03\0\0\0cpuK\x01tQ."),
 }
-ENORMOUS = {"args/num_blocks": [10**7], "args/channels": 10**7, "args/kernel_sizes": [10001]}
+ENORMOUS = [("args/num_blocks", [10**7]), ("args/num_blocks", [1] * 99), ("args/channels", 10**7),
+            ("args/channels", 10**30), ("args/kernel_sizes", [10001])]
 
 
 def limit_memory():
@@ -182,16 +183,16 @@ def limit_memory():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
-@pytest.mark.parametrize("name", [*BOMBS, *ENORMOUS])
-def test_bombs_are_refused_before_they_take_memory_or_time(name, good, small_data, tmp_path):
+@pytest.mark.parametrize("bomb", [*BOMBS, *ENORMOUS], ids=str)
+def test_bombs_are_refused_before_they_take_memory_or_time(bomb, good, small_data, tmp_path):
     path = tmp_path / "last.pt"
     shutil.copy(good / "best.pt", tmp_path)
-    path.write_bytes(packed(good / "last.pt", BOMBS[name]) if name in BOMBS else
-                     saved(edited(read(good), name, ENORMOUS[name])))
+    path.write_bytes(packed(good / "last.pt", BOMBS[bomb]) if isinstance(bomb, str)
+                     else saved(edited(read(good), *bomb)))
     children = [Child([*flags, "--data-dir", str(small_data), "--no-download"], tmp_path / f"{i}.log", limit_memory)
                 for i, flags in enumerate((["--evaluate", "--checkpoint", str(path)], ["--resume", str(path)]))]
     for child in children:
-        assert_one_line(child.wait(20), child.output(), path if name in BOMBS else None)
+        assert_one_line(child.wait(20), child.output(), path if isinstance(bomb, str) else None)
         assert "memory" not in child.output().lower()  # refused by a look, not by luck
 
 
@@ -248,6 +249,14 @@ def test_an_entry_that_cannot_be_is_told_in_one_line(entry, good, run, tmp_path)
     for value in FORGED[entry]:
         path.write_bytes(saved(edited(read(good), entry, value)))
         assert_one_line(*run("--resume", str(path)))
+
+
+@pytest.mark.parametrize("entry, value", [("args", "text"), ("args/normalize", "no"), ("args/num_blocks", 1),
+                                          ("args/block", "other"), ("args/channels", "4")])
+def test_settings_that_cannot_be_are_told_by_evaluate(entry, value, good, run, tmp_path):
+    path = tmp_path / "best.pt"
+    path.write_bytes(saved(edited(read(good, "best.pt"), entry, value)))
+    assert_one_line(*run("--evaluate", "--checkpoint", str(path)), path)
 
 
 @pytest.mark.parametrize("classes", [None, "names", [], list(range(10)), ["a"] * 9, REMOVED])

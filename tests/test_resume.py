@@ -163,9 +163,9 @@ def test_two_processes_that_only_one_is_told_to_stop(small_data, tmp_path):
 
     def start(name, *argv, prepare=(None, None), args=()):
         port = free_port()
+        world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [Child([*places, name, *argv], tmp_path / f"{name}.{rank}.log", prepare[rank], args, RANK=str(rank),
-                      LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-                for rank in range(2)]
+                      LOCAL_RANK=str(rank), **world) for rank in range(2)]
 
     unbroken = start("unbroken", *flags)
     marker = tmp_path / "marker"
