@@ -135,6 +135,7 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
     """
     checkpoint, given = load_checkpoint(path), given or {}
     saved = checkpoint["args"]
+    options.check_saved(saved, path)
     options.refuse_changes(given, saved, (*options.MODEL_FLAGS, "normalize"), "leave it out")
     weights = checkpoint["model"]
     if checkpoint.get("ema"):  # of a last.pt; n_averaged is the only key beside the averaged weights
@@ -142,7 +143,9 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
     try:
         with torch.device("meta"):  # where a network takes no memory, however large the file says that it is
             check_weights(models.SEResNet(**options.model_args({**given, **saved})), weights, path)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, for sizes beyond its integers
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
     model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
     load_weights(model, weights, path)

@@ -223,6 +223,8 @@ def check_training(args: Namespace, given: dict[str, Any]) -> None:
         raise UserError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
     if args.label_smoothing >= 1:
         raise UserError(f"--label-smoothing {args.label_smoothing:g}: a share below 1 is needed")
+    if args.seed >= 2**62:  # some processes' seeds are a little larger, and torch's have 64 bits
+        raise UserError(f"--seed {args.seed} is out of range, at most {2**62 - 1} is taken")
     if args.ema >= 1:
         raise UserError(f"--ema {args.ema:g}: a decay below 1 is needed, such as 0.999")
     if "workers" in given and args.loader != "workers":
@@ -253,7 +255,7 @@ def merge_resumed(args: Namespace, given: dict[str, Any], saved: dict[str, Any])
     Raises:
         UserError: A flag is given whose value would change the result.
     """
-    check_saved(saved)
+    check_saved(saved, args.resume)
     refuse_changes(given, saved, [name for name in vars(args) if name not in FREE_ON_RESUME],
                    "leave it out; other settings, and longer training, are a new run with --init FILE")
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
@@ -262,21 +264,21 @@ def merge_resumed(args: Namespace, given: dict[str, Any], saved: dict[str, Any])
     return merged
 
 
-def check_saved(saved: Any) -> None:
+def check_saved(saved: dict[str, Any], path: Any) -> None:
     """Refuse settings of a checkpoint that no command line gives.
 
     Raises:
         UserError: With the name of the first one.
     """
-    if not isinstance(saved, dict):
-        raise UserError("the checkpoint's args are no dict; it is of another program")
     for action in get_parser()._actions:
         if action.dest in saved and not _is_possible(action, saved[action.dest]):
-            raise UserError(f"the checkpoint's args have an impossible {action.dest}; it is of another program")
+            raise UserError(f"checkpoint {path}: its args have an impossible {action.dest}; it is of another program")
 
 
 def _is_possible(action: argparse.Action, value: Any) -> bool:
-    values = value if action.nargs == "+" and isinstance(value, list) else [value]
+    if (action.nargs == "+") != isinstance(value, list) and value is not None:
+        return False
+    values = value if isinstance(value, list) else [value]
     if value is None or isinstance(action, argparse.BooleanOptionalAction):
         return value is action.default or isinstance(value, bool)
     if isinstance(action, argparse._StoreTrueAction) or not all(type(v) in (int, float, str) for v in values):

@@ -136,7 +136,7 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
     if checkpoint is not None:
         try:
             trainer.load_state(checkpoint)
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"the checkpoint in {folder.path} does not fit together ({error!r:.200})") from error
     return trainer, test
 
@@ -172,7 +172,7 @@ def build_model(args: Namespace) -> models.SEResNet:
     """
     try:
         return models.build_model(**options.model_args(args), max_params=args.max_params)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter is torch's, for sizes beyond its integers
         raise UserError(str(error)) from error
 
 

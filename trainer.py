@@ -292,7 +292,9 @@ class Trainer:
             averaged = dict(saved["ema"])
             self.ema.n_averaged.copy_(averaged.pop("n_averaged"))
             load_weights(self.kept, averaged, self.folder.path)
-        if saved["scaler"] and self.scaler.is_enabled() and has_form(saved["scaler"], self.scaler.state_dict()):
+        if saved["scaler"] != {} and not has_form(saved["scaler"], torch.amp.GradScaler("cpu").state_dict()):
+            raise ValueError("its scaler is none")
+        if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
         self.best_accuracy, self.seconds = saved["best_accuracy"], saved["totals"]["seconds"]

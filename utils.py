@@ -1,6 +1,7 @@
 """Checkpoints, run folder, random state, processes and signals: what keeps a run safe. No word of images here."""
 
 import contextlib
+import errno
 import io
 import os
 import pickletools
@@ -67,7 +68,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
     if os.name == "posix":  # the renaming itself reaches the disk with the folder; Windows cannot open one
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some network file systems have no fsync of folders
+                os.fsync(folder)
         finally:
             os.close(folder)
 
@@ -106,6 +108,9 @@ class RunFolder:
             _lock_file(self._lock.fileno())
         except OSError as error:
             self.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(f"run folder {self.path} cannot be locked ({error.strerror}); choose another "
+                                "--checkpoint-dir") from error
             raise UserError(f"run folder {self.path} is in use by another process; wait for it, or choose "
                             "another --name") from error
         for name in RUN_FILES:
@@ -165,8 +170,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             with zipfile.ZipFile(file) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise UserError(f"checkpoint {path} is a compressed archive, expected one of torch.save's")
+                entries = archive.infolist()
+                # of a folder torch reads nothing; and overlapping records can be many times the file
+                if any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 0x10 for entry in entries) \
+                        or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                    raise UserError(f"checkpoint {path} is compressed or forged, expected an archive of torch.save's")
                 if (broken := archive.testzip()) is not None:
                     raise UserError(f"checkpoint {path} is damaged ({broken} fails its checksum); use an older one")
                 for entry in archive.infolist():
@@ -187,6 +195,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if checkpoint.get("version", CHECKPOINT_VERSION) != CHECKPOINT_VERSION:
         raise UserError(f"checkpoint {path} has version {checkpoint['version']!r}, expected {CHECKPOINT_VERSION}; "
                         "it is of another version of this program")
+    classes = checkpoint.get("classes", [""] * 10)
+    if not isinstance(checkpoint["args"], dict) or not isinstance(classes, list) or len(classes) != 10 \
+            or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"checkpoint {path} is of another program (its args or classes are none)")
     for name in ("model", "ema"):
         if checkpoint.get(name) is not None:
             checkpoint[name] = _plain_weights(checkpoint[name], path)

@@ -189,6 +189,8 @@ def check_choices(num_blocks: Sequence[int], channels: int, dropout: float, bloc
         raise ValueError(f"--num-blocks {' '.join(map(str, num_blocks))}: every layer needs at least one block")
     if channels < 1:
         raise ValueError(f"--channels {channels}: at least 1 is needed")
+    if len(num_blocks) > 16 or sum(num_blocks) > 1000 or channels > 65_536:
+        raise ValueError("--num-blocks, --channels: no more than 16 layers, 1,000 blocks and 65,536 channels are built")
     if not 0 <= dropout < 1:
         raise ValueError(f"--dropout {dropout}: a probability of at least 0 and below 1 is needed")
     if block not in BLOCKS:

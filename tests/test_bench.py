@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,13 @@ COUNTS = bench.Counts(repeats=2, warm_ups=1, steps=2, loader_steps=2, train_imag
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Path, dict[str, str], bench.Rows]:
-    """Measure a network of some thousand parameters, without starting it in a process of its own."""
-    folder = tmp_path_factory.mktemp("bench")
-    built, build = [], bench.build
+def measured(tmp_path_factory) -> tuple[Path, dict[str, str], bench.Rows, set]:
+    """Measure a tiny network, but no start; give the folder, what was returned, and the processes left running."""
+    folder, before = tmp_path_factory.mktemp("bench"), set(multiprocessing.active_children())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "start_seconds", lambda flags, folder: 5.0)
-        patch.setattr(bench, "build", lambda *arguments: built.append(build(*arguments)) or built[-1])
         found = bench.measure(FLAGS, COUNTS, folder)
-    built[-1].loader.loader._iterator = None  # ends the workers, for which the garbage collector takes 5 s each
-    return folder, *found
+    return folder, *found, set(multiprocessing.active_children()) - before
 
 
 def test_flops_are_those_of_a_hand_count():
@@ -80,7 +78,7 @@ def test_table_shows_spread_only_where_there_is_one():
 
 
 def test_a_run_measures_all_that_is_claimed(measured):
-    _, head, rows = measured
+    _, head, rows, _ = measured
     ways = bench.PROGRAM, bench.PAPER
     names = {f"{way}: {what}" for way in ways for what in (
         "bare step, images/s", "whole training, images/s", "matrix product, GFLOP/s", "whole training : bare step",
@@ -95,6 +93,10 @@ def test_a_run_measures_all_that_is_claimed(measured):
     assert all(0 < row["min"] <= row["median"] <= row["max"] for name, row in rows.items() if "growth" not in name)
     assert {"device", "torch", "date", "counts", *ways} == head.keys()
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_no_worker_outlives_the_measurement(measured):
+    assert measured[3] == set()
 
 
 def test_figures_follow_from_each_other(measured):

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+import zlib
 from functools import partial
 
 import pytest
@@ -81,6 +82,40 @@ def packed(path, content, compression=zipfile.ZIP_STORED):
     return target.getvalue()
 
 
+def marked_as_folders(path):
+    """Give the bytes of a checkpoint whose list has the one bit of each record that makes it a folder.
+
+    No checksum covers it, and of a folder torch reads nothing: the memory stays as it was.
+    """
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        position = archive.start_dir
+    while (position := content.find(b"PK\x01\x02", position)) >= 0:
+        content[position + 38] |= 0x10
+        position += 46
+    return bytes(content)
+
+
+def overlapping():
+    """Give an archive of a thousand records, each of which contains all those after it: 60 MB in 140 kB."""
+    body, entries = b"x" * 1000, []
+    for i in range(1000):
+        entry = zipfile.ZipInfo(f"archive/data/{i}")
+        entry.file_size = entry.compress_size = len(body)
+        entry.CRC = zlib.crc32(body)
+        body = entry.FileHeader() + body
+        entries.append((entry, len(body)))
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}, 2))
+        for entry, length in entries:
+            entry.header_offset = target.tell() + len(body) - length
+            archive.filelist.append(entry)
+        target.write(body)
+        archive.start_dir = target.tell()
+    return target.getvalue()
+
+
 def assert_one_line(status, text, path=None):
     """Assert that a mistake was told as one should be, and names the file, or at least its folder."""
     assert status == 2, text
@@ -109,6 +144,8 @@ FILES = {
     "archive with a call": lambda good, marker: packed(good, pickle.dumps(Caller(marker), 2)),
     "compressed": lambda good, marker: packed(good, None, zipfile.ZIP_DEFLATED),
     "archive without a pickle": lambda good, marker: packed(good, b""),
+    "records marked as folders": lambda good, marker: marked_as_folders(good),
+    "overlapping records": lambda good, marker: overlapping(),
     "list": lambda good, marker: saved([1, 2]),
     "tensor": lambda good, marker: saved(torch.zeros(3)),
     "other program": lambda good, marker: saved({"weights": {"a": torch.zeros(3)}}),
@@ -269,6 +306,22 @@ def test_classes_that_are_none(classes, good, tmp_path):
         assert str(path) in str(error)
     else:
         assert len(names) == 10 and all(isinstance(name, str) for name in names)
+
+
+@pytest.mark.slow
+def test_every_single_flipped_bit_is_found_or_does_no_harm(good, tmp_path):
+    content, expected = (good / "best.pt").read_bytes(), utils.load_checkpoint(good / "best.pt")
+    path, found = tmp_path / "best.pt", 0
+    for position in range(8 * len(content)):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << position % 8
+        path.write_bytes(changed)
+        try:
+            assert difference(utils.load_checkpoint(path), expected) is None, position
+        except utils.UserError as error:
+            found += "\n" not in str(error)
+    print(f"{8 * len(content):,} bits, {found:,} found, the others without effect")
+    assert found > 4 * len(content)
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Faults: damaged files, kills at any moment, full disks, vanished folders, two runs in one folder, divergence."""
 
+import errno
 import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import time
 import zipfile
@@ -326,6 +328,29 @@ def test_the_lock_dies_with_its_process(loader, start, tmp_path, unbroken):
         os.kill(worker, 0)  # is alive
     child = start("--resume")
     assert child.wait() == 0, child.output()
+    assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_as_that(number, run, capsys, monkeypatch):
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(utils, "_lock_file", refuse)
+    assert run() == 2
+    error = one_error(capsys.readouterr().err)
+    assert os.strerror(number) in error and "in use" not in error
+
+
+def test_a_file_system_without_fsync_of_folders(run, tmp_path, unbroken, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert run() == 0
     assert_same_run(tmp_path / "run", unbroken)
 
 

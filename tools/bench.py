@@ -6,6 +6,7 @@ What is compared is measured in turns in one run, so that a machine that grows b
 The images are random bytes: no time depends on what they show.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -259,9 +260,10 @@ def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[st
     rows.add("peak memory, MB", peak_memory(program.device))  # before anything else needs some
     measure_scaling(rows, program, counts)
     paper = build_paper(settings, folder)
-    measure_loaders(rows, program, paper, counts)
     ways = {PROGRAM: program, PAPER: paper} | ({NO_TF32: paper} if program.device.type == "cuda" else {})
-    measure_training(rows, ways, counts)
+    with contextlib.closing(paper.loader):  # or its workers outlive it, and the program waits for them
+        measure_loaders(rows, program, paper, counts)
+        measure_training(rows, ways, counts)
     epoch = EPOCH / rows[f"{PROGRAM}: whole training, images/s"]["median"]
     rows.add(f"epoch of {EPOCH:,} images, s", epoch)
     rows.measure(counts, {
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table; a mistake is one line and status 2."""
     parser = options.Parser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="as in train.py")
-    parser.add_argument("--quick", action="store_true", help="under a minute on two cores, and less exact")
+    parser.add_argument("--quick", action="store_true", help="under a minute on two cores: smaller, fewer, less exact")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as data")
     args = parser.parse_args(argv)
     try:
