@@ -180,8 +180,14 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
     """Train a run, new or resumed, to its end or to a signal; return the exit status."""
     if hasattr(signal, "SIGUSR1"):  # outside the loop there is nothing to save, and nothing to die of
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    processes = start_processes()
-    trainer, test = set_up(args, given, processes)
+    trainer, test = set_up(args, given, start_processes())
+    with contextlib.closing(trainer.folder):
+        return train_to_end(trainer, test)
+
+
+def train_to_end(trainer: Trainer, test: data.Split) -> int:
+    """Train what `set_up` has built, and leave its results; return the exit status."""
+    processes = trainer.processes
     if processes.is_first:
         say(describe(trainer))
     with Signals() as signals, contextlib.closing(trainer.loader):

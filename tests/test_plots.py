@@ -21,6 +21,7 @@ def no_warnings():
     """Turn warnings, such as a layout that matplotlib gives up on, into failures."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of files that other tests left to the garbage collector
         yield
 
 
