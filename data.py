@@ -237,15 +237,16 @@ class Loader:
         start = step * self.batch_size + rank * share + min(rank, rest)
         return range(start, start + share + (rank < rest))
 
-    def positions(self, step: int) -> list[int]:
+    def positions(self, step: int) -> Tensor:
         """Give the positions to load: this process's part, and where batches are mixed, the one before it first.
 
         Every image's partner is the one before it in the global batch; before the first comes the last.
         """
         part, start = self.part(step), step * self.batch_size
+        found = torch.arange(part.start, part.stop)
         if not (self.mixup or self.cutmix) or not part:
-            return list(part)
-        return [start + (part.start - start - 1) % self.count(step), *part]
+            return found
+        return torch.cat([torch.tensor([start + (part.start - start - 1) % self.count(step)]), found])
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """Yield this process's part of the batches of an epoch, from any step on, on the device.
@@ -255,7 +256,7 @@ class Loader:
             (n,) and the share () float32 of the first ones. n can be 0 in the last batch of several processes.
         """
         positions = [self.positions(step) for step in range(first_step, len(self))]
-        rows = torch.tensor([position for batch in positions for position in batch], dtype=torch.int64)
+        rows = torch.cat([torch.arange(0), *positions])  # a run stopped after an epoch's last step has no more
         draws = augment.draw_epoch(len(self.targets), self.seed, epoch).rows(rows)
         loaded = self.load(draws, [len(batch) for batch in positions])
         if not (self.mixup or self.cutmix):

@@ -42,30 +42,28 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) ->
     """Give what the lr is multiplied by at a step, 0 <= step <= total_steps.
 
     `cosine` is SGDR's single period (arXiv 1608.03983): at the epoch boundaries the values of CosineAnnealingLR
-    stepped by epoch, and 0 at the end. `onecycle` is OneCycleLR's cosine form (arXiv 1708.07120) at its defaults:
-    from 1/25 up to 1 over 30 % of the steps, then down to 1/250000. Momentum stays as it is.
+    stepped by epoch, and 0 at the end.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if scheduler == "constant":
         return 1.0
-    if scheduler == "onecycle":
-        peak = 0.3 * total_steps - 1
-        if step <= peak:
-            return _cosine(1 / 25, 1.0, step / peak)
-        return _cosine(1.0, 1 / 250_000, min(1.0, (step - peak) / (total_steps - 1 - peak)))
-    return _cosine(1.0, 0.0, (step - warmup_steps) / (total_steps - warmup_steps))
-
-
-def _cosine(start: float, end: float, progress: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+    return (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps))) / 2
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch: int, epochs: int,
-                    warmup_epochs: float) -> lr_scheduler.LambdaLR:
-    """Make the schedule; it is stepped after every optimiser step."""
+                    warmup_epochs: float) -> lr_scheduler.LRScheduler:
+    """Make the schedule; it is stepped after every optimiser step.
+
+    `onecycle` is torch's (arXiv 1708.07120) at its defaults: the lr rises from 1/25 to 1 over 30 % of the steps and
+    falls to 1/250000, while momentum (or Adam's first beta) falls from 0.95 to 0.85 and rises again.
+    """
     total = epochs * steps_per_epoch
-    warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
-    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, name))
+    if name == "onecycle":
+        has_momentum = not {"momentum", "betas"}.isdisjoint(optimizer.defaults)
+        scheduler = lr_scheduler.OneCycleLR(optimizer, optimizer.defaults["lr"], total, cycle_momentum=has_momentum)
+    else:
+        warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, name))
     optimizer.step()  # no gradients, no effect; or torch would warn where fp16 skips the very first step
     return scheduler

@@ -97,7 +97,7 @@ def add_optimisation_flags(group: Any) -> None:
     flag("--momentum", type=at_least(0, float), default=0.9, help="of sgd and rmsprop")
     on_off(group, "--nesterov", False, "Nesterov's momentum, for sgd")
     flag("--weight-decay", type=at_least(0, float), default=5e-4, help="of all parameters")
-    flag("--scheduler", choices=SCHEDULERS, default="cosine", help="course of the learning rate, set every step")
+    flag("--scheduler", choices=SCHEDULERS, default="cosine", help="course of the lr, and of onecycle's momentum")
     flag("--warmup-epochs", type=at_least(0, float), default=0.0, help="linear rise before the schedule")
     flag("--grad-clip", type=at_least(0, float), default=0.1, help="largest absolute gradient value; 0 is off")
     flag("--label-smoothing", type=at_least(0, float), default=0.0, help="share of the target given to all classes")
@@ -219,6 +219,8 @@ def check_training(args: Namespace, given: dict[str, Any]) -> None:
         raise UserError(f"--momentum is of {' and '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
     if args.warmup_epochs and args.scheduler == "onecycle":
         raise UserError("--scheduler onecycle rises by itself; leave out --warmup-epochs")
+    if "momentum" in given and args.scheduler == "onecycle":
+        raise UserError("--scheduler onecycle moves the momentum between 0.85 and 0.95; leave out --momentum")
     if args.warmup_epochs >= args.epochs:
         raise UserError(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
     if args.label_smoothing >= 1:

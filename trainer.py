@@ -73,6 +73,7 @@ class Trainer:
         self.epoch = self.step = 0  # epochs completed, and steps completed in the running one
         self.totals = self.no_totals()
         self.seconds = 0.0  # of training, in the running epoch
+        self.lr = self.scheduler.get_last_lr()[0]  # of the last step
         self.history: list[dict[str, Any]] = []
         self.best_accuracy: float | None = None
         self.best: dict[str, Any] | None = None  # to be written with the next save
@@ -138,6 +139,7 @@ class Trainer:
             nn.utils.clip_grad_value_(self.parameters, self.args.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
@@ -185,7 +187,7 @@ class Trainer:
         """
         count = min(self.step * self.loader.batch_size, len(self.loader.targets))
         loss, hits = (self.totals * self.processes.size / count).tolist()
-        bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{100 * hits:.2f}%", lr=f"{self.lr():.4g}",
+        bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{100 * hits:.2f}%", lr=f"{self.lr:.4g}",
                         images_s=f"{count / self.seconds:.0f}", refresh=False)
         bar.update(self.step - bar.n)
         if not np.isfinite(loss):
@@ -198,13 +200,8 @@ class Trainer:
             RunError: Always.
         """
         good = f"the last good checkpoint is {self.folder.last}" if self.folder.last.exists() else "nothing was saved"
-        raise RunError(f"{what} is not finite in epoch {self.epoch + 1}, step {self.step}, at lr {self.lr():.4g}; "
+        raise RunError(f"{what} is not finite in epoch {self.epoch + 1}, step {self.step}, at lr {self.lr:.4g}; "
                        f"{good}; try a smaller --lr, or --precision fp32")
-
-    def lr(self) -> float:
-        """Give the learning rate of the last step."""
-        done = self.epoch * len(self.loader) + self.step
-        return self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](max(0, done - 1))
 
     def agree(self, signals: Signals) -> tuple[int | None, bool]:
         """Agree with all processes, at the same step, whether to stop and whether to save.
@@ -229,7 +226,7 @@ class Trainer:
         self.logits = self.predict(self.held_out)
         found = evaluate.score(self.logits, self.held_out.targets)
         row = dict.fromkeys(COLUMNS) | {
-            "epoch": self.epoch + 1, "step": (self.epoch + 1) * len(self.loader), "lr": self.lr(),
+            "epoch": self.epoch + 1, "step": (self.epoch + 1) * len(self.loader), "lr": self.lr,
             "train_loss": loss, "train_accuracy": 100 * hits, f"{self.kind}_loss": found["loss"],
             f"{self.kind}_accuracy": found["accuracy"], "seconds": self.seconds + time.perf_counter() - start,
             "images_per_second": len(self.loader.targets) / self.seconds}
@@ -263,7 +260,7 @@ class Trainer:
         return {"model": self.model.state_dict(), "ema": averaged, "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
                 "step": self.step, "best_accuracy": self.best_accuracy, "history": self.history,
-                "totals": {"sums": self.processes.gather(self.totals.cpu()), "seconds": self.seconds},
+                "totals": {"sums": self.processes.gather(self.totals.cpu()), "seconds": self.seconds, "lr": self.lr},
                 "rng": self.processes.gather(get_random_state(self.device)), "args": saved_args(self.args),
                 "classes": self.held_out.classes, "environment": self.environment()}
 
@@ -297,8 +294,9 @@ class Trainer:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
-        self.best_accuracy, self.seconds = saved["best_accuracy"], saved["totals"]["seconds"]
-        sums, states, here = saved["totals"]["sums"], saved["rng"], self.environment()
+        self.best_accuracy, totals = saved["best_accuracy"], saved["totals"]
+        sums, self.seconds, self.lr = totals["sums"], totals["seconds"], totals["lr"]
+        states, here = saved["rng"], self.environment()
         if len(sums) == self.processes.size:
             self.totals.copy_(sums[self.processes.rank])
         elif self.processes.is_first:
@@ -325,8 +323,8 @@ class Trainer:
         numbers = [row[name] for row in history for name in COLUMNS]
         if len(history) != epoch or not all(type(n) in (int, float, NoneType) for n in [*numbers, accuracy]):
             raise ValueError("its history has other rows")
-        sums = saved["totals"]["sums"]
-        if type(saved["totals"]["seconds"]) is not float or not has_form(sums, [torch.zeros_like(sums[0])] * len(sums))\
+        totals, sums = saved["totals"], saved["totals"]["sums"]
+        if not has_form(totals, {"seconds": 0.0, "lr": 0.0, "sums": [torch.zeros_like(sums[0])] * len(sums)}) \
                 or sums[0].shape != (2,):
             raise ValueError("its totals are no sums of loss and hits")
 

@@ -243,6 +243,7 @@ FORGED = {
     "best_accuracy": ["high", [1]],
     "totals": [None, [], {}, {"sums": []}, REMOVED],
     "totals/seconds": ["long", None, REMOVED],
+    "totals/lr": ["0.1", None, REMOVED],
     "totals/sums": [None, [], [1.0], [torch.zeros(3)], torch.zeros(1, 2)],
     "rng": [None, [], [{}], [{"cpu": torch.zeros(3)}], [{"cpu": "state"}], REMOVED],
     "scheduler": [None, {}, REMOVED],
