@@ -24,6 +24,7 @@ from augment import SIZE, to_input
 from utils import Processes, UserError, check_weights, load_checkpoint, load_weights, write_text
 
 BATCH_SIZE = 1000
+CPU_BATCH_SIZE = 125  # a third faster there: what a layer leaves stays in the caches for the next one
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 50_000_000  # of one image file: a small file can claim to be a huge picture
 CALIBRATION_BINS = 15
@@ -50,15 +51,16 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device, preci
     training = model.training
     model.eval()
     outputs = torch.zeros(len(images), 10, device=device)
-    for start in range(processes.rank * BATCH_SIZE, len(images), processes.size * BATCH_SIZE):
-        inputs = to_input(images[start:start + BATCH_SIZE].to(device), normalize)
+    size = min(BATCH_SIZE, CPU_BATCH_SIZE) if device.type == "cpu" else BATCH_SIZE
+    for start in range(processes.rank * size, len(images), processes.size * size):
+        inputs = to_input(images[start:start + size].to(device), normalize)
         with devices.autocast(device, precision):
             logits = model(inputs).float()
             if tta:
                 mirrored = model(inputs.flip(3)).float()
                 probabilities = (logits.softmax(1) + mirrored.softmax(1)) / 2
                 logits = probabilities.clamp_min(1e-30).log()
-        outputs[start:start + BATCH_SIZE] = logits
+        outputs[start:start + size] = logits
     model.train(training)
     return processes.sum(outputs)
 

@@ -23,7 +23,10 @@ def set_up(data_dir, tmp_path):
     """Give a function that builds a run, and does not start it."""
     def build(*flags: str):
         places = ["--data-dir", str(data_dir), "--checkpoint-dir", str(tmp_path / "built")]
-        return train.set_up(*options.parse_args([*TINY, *SMALL, *places, "--overwrite", *flags]), Processes())[0]
+        settings = options.parse_args([*TINY, *SMALL, *places, "--overwrite", *flags])
+        trainer, _ = train.set_up(*settings, Processes())
+        trainer.folder.close()
+        return trainer
     yield build
     torch.use_deterministic_algorithms(False)
 
