@@ -91,6 +91,10 @@ def load_data(args: Namespace, processes: Processes) -> tuple[data.Split, data.S
     if args.batch_size > len(train.targets):
         raise UserError(f"--batch-size {args.batch_size} is larger than the training set of {len(train.targets)} "
                         "images; choose a smaller one")
+    last_batch = (len(train.targets) - 1) % args.batch_size + 1
+    if len(args.num_blocks) > 5 and last_batch < 2 * processes.size:
+        raise UserError(f"--batch-size {args.batch_size} leaves a process one image of {len(train.targets)}, and after "
+                        f"{len(args.num_blocks)} layers it has one pixel: too few for batch norm; choose another")
     return train, val, test
 
 
@@ -190,7 +194,7 @@ def train_to_end(trainer: Trainer, test: data.Split) -> int:
     processes = trainer.processes
     if processes.is_first:
         say(describe(trainer))
-    with Signals() as signals, contextlib.closing(trainer.loader):
+    with Signals(quiet=not processes.is_first) as signals, contextlib.closing(trainer.loader):
         while trainer.epoch < trainer.args.epochs:
             if stop := trainer.train_epoch(signals):
                 if processes.is_first:

@@ -390,9 +390,13 @@ class Signals:
     """Note SIGINT, SIGTERM and SIGUSR1 instead of dying of them, while the `with` block runs.
 
     A second SIGINT or SIGTERM ends the process at once: every file is written atomically, so that does no harm.
+
+    Args:
+        quiet: Do not say that the signal has come; one of several processes says it.
     """
 
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
         self.stop: int | None = None  # the signal that asked to stop
         self.save = False
         self._time = 0.0
@@ -414,6 +418,8 @@ class Signals:
             self.save = True
         elif self.stop is None:
             self.stop, self._time = number, time.monotonic()
+            if self.quiet:
+                return
             # not print: the signal may have come in the middle of one, and a stream cannot be entered twice
             with contextlib.suppress(OSError):  # whom it is for may have gone: Ctrl-C ends `| tee`, too
                 os.write(2, b"\nstopping after this step, once saved; again ends at once\n")

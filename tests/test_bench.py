@@ -87,7 +87,7 @@ def test_a_run_measures_all_that_is_claimed(measured):
               "device loader : torchvision in one process", "ten times the images : images once",
               "memory growth : bytes of these images", "GFLOP of training per image", "epoch of 50,000 images, s",
               "evaluation of 10,000 images (from 10), % of an epoch",
-              "command to the end of the first step, without compile, s",
+              "command to the end of the first step, without compile, s", "time of an epoch with these : without",
               f"whole training, {bench.PROGRAM} : {bench.PAPER}"}
     assert names <= rows.keys()
     assert all(0 < row["min"] <= row["median"] <= row["max"] for name, row in rows.items() if "growth" not in name)
@@ -104,6 +104,9 @@ def test_figures_follow_from_each_other(measured):
     ours, theirs = (rows[f"{way}: whole training, images/s"] for way in (bench.PROGRAM, bench.PAPER))
     ratios = rows[f"whole training, {bench.PROGRAM} : {bench.PAPER}"]["samples"]
     assert ratios == pytest.approx([a / b for a, b in zip(ours["samples"], theirs["samples"], strict=True)])
+    harder = next(row for name, row in rows.items() if name.startswith(f"{bench.PROGRAM} with --trivial-augment"))
+    assert rows["time of an epoch with these : without"]["samples"] == pytest.approx(
+        [a / b for a, b in zip(ours["samples"], harder["samples"], strict=True)])
     assert rows["epoch of 50,000 images, s"]["median"] == pytest.approx(50_000 / ours["median"])
     gflop = rows["GFLOP of training per image"]["median"]
     assert rows[f"{bench.PAPER}: arithmetic, GFLOP/s"]["median"] == pytest.approx(gflop * theirs["median"])
@@ -128,6 +131,12 @@ def test_the_papers_way_is_what_it_says(measured, monkeypatch):
     loss, hits = trainer.totals.tolist()
     assert waits[-3:] == [loss, hits, loss]
     assert isinstance(trainer.loader, data.WorkersLoader) and trainer.step == 1
+
+
+def test_what_the_recipes_add_is_in_the_figure(measured):
+    trainer = bench.build([*FLAGS, *LIMITS, *bench.ADDED], measured[0], "added")
+    assert trainer.ema is not None
+    assert trainer.loader.trivial and trainer.loader.mixup and trainer.loader.cutmix
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

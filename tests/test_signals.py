@@ -151,6 +151,7 @@ def test_a_signal_to_torchrun_or_to_all_its_processes(number, to_all, small_data
     assert stopped.wait(300) != 0
     output = (tmp_path / "stopped.log").read_text()
     assert "all saved; go on with: " in output, output
+    assert output.count("again ends at once") == 1  # of two processes
     assert 0 <= read(tmp_path / "stopped")["epoch"] < 40
     assert torchrun(small_data, tmp_path, "stopped", "--resume").wait(300) == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")

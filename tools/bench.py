@@ -37,6 +37,7 @@ from utils import Processes, Signals, UserError, save_checkpoint, write_text
 
 EPOCH, TEST_SET = 50_000, 10_000  # images that the figures for an epoch and for an evaluation stand for
 PROGRAM, PAPER, NO_TF32 = "this program", "the paper's way", "the paper's way, TF32 off"
+ADDED = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add to a step
 
 
 class Counts(NamedTuple):
@@ -227,8 +228,11 @@ def measure_loaders(rows: Rows, program: Trainer, paper: Trainer, counts: Counts
         rows.divide(f"device loader : {name}", "device loader, images/s", f"{name}, images/s")
 
 
-def measure_training(rows: Rows, ways: dict[str, Trainer], counts: Counts) -> None:
-    """Measure bare steps, whole training and large products, and what share of their rate training reaches."""
+def measure_training(rows: Rows, ways: dict[str, Trainer], harder: Trainer, counts: Counts) -> None:
+    """Measure bare steps, whole training and large products, and what share of their rate training reaches.
+
+    And `harder`, this program with what the recipes add, beside it without.
+    """
     def run(way: str, rate: Callable[[Trainer], float]) -> float:
         # By itself PyTorch allows TF32 in convolutions and not in products, of which training has a millionth.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way != NO_TF32
@@ -237,7 +241,10 @@ def measure_training(rows: Rows, ways: dict[str, Trainer], counts: Counts) -> No
     rates = {"bare step, images/s": lambda trainer: bare_rate(trainer, batch, counts.steps),
              "whole training, images/s": lambda trainer: whole_rate(trainer, trainer.loader, counts.steps),
              "matrix product, GFLOP/s": lambda trainer: product_rate(trainer, counts.product)}
-    rows.measure(counts, {f"{way}: {name}": partial(run, way, rate) for way in ways for name, rate in rates.items()})
+    added = f"{PROGRAM} with {' '.join(ADDED)}, images/s"
+    rows.measure(counts, {f"{way}: {name}": partial(run, way, rate) for way in ways for name, rate in rates.items()}
+                 | {added: partial(whole_rate, harder, harder.loader, counts.steps)})
+    rows.divide("time of an epoch with these : without", f"{PROGRAM}: whole training, images/s", added)
     rows.add("GFLOP of training per image", gflop := count_flops(ways[PROGRAM].model) / 1e9)
     for way in ways:
         bare, whole, product = (f"{way}: {name}" for name in rates)
@@ -263,7 +270,7 @@ def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[st
     ways = {PROGRAM: program, PAPER: paper} | ({NO_TF32: paper} if program.device.type == "cuda" else {})
     with contextlib.closing(paper.loader):  # or its workers outlive it, and the program waits for them
         measure_loaders(rows, program, paper, counts)
-        measure_training(rows, ways, counts)
+        measure_training(rows, ways, build([*settings, *ADDED], folder, "harder"), counts)
     epoch = EPOCH / rows[f"{PROGRAM}: whole training, images/s"]["median"]
     rows.add(f"epoch of {EPOCH:,} images, s", epoch)
     rows.measure(counts, {
