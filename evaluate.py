@@ -21,7 +21,7 @@ import models
 import options
 import plots
 from augment import SIZE, to_input
-from utils import Processes, UserError, check_weights, load_checkpoint, load_weights, write_text
+from utils import Processes, UserError, check_weights, load_checkpoint, load_weights, say, write_text
 
 BATCH_SIZE = 1000
 CPU_BATCH_SIZE = 125  # a third faster there: what a layer leaves stays in the caches for the next one
@@ -164,12 +164,12 @@ def run_evaluate(args: Namespace, given: dict[str, Any]) -> None:
     logits = predict_logits(model, test.images, device, devices.pick_precision(args.precision, device),
                             info["normalize"], args.tta)
     found = score(logits, test.targets)
-    print(f"{args.checkpoint}: test accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}, "
-          f"{len(test.targets):,} images" + (", with mirror images" if args.tta else ""))
-    print(format_report(report(logits, test.targets, test.classes)))
+    say(f"{args.checkpoint}: test accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}, "
+        f"{len(test.targets):,} images" + (", with mirror images" if args.tta else ""))
+    say(format_report(report(logits, test.targets, test.classes)))
     if args.output:
         draw_pictures(Path(args.output), logits, test)
-        print(f"pictures in {args.output}")
+        say(f"pictures in {args.output}")
 
 
 def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
@@ -215,7 +215,7 @@ def run_predict(args: Namespace, given: dict[str, Any]) -> None:
         write_text(args.output, text.getvalue())
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be written ({error.strerror})") from error
-    print(f"{len(guess):,} labels in {args.output}")
+    say(f"{len(guess):,} labels in {args.output}")
 
 
 def find_pictures(paths: Sequence[str]) -> list[Path]:

@@ -1,6 +1,7 @@
 """Train, resume, evaluate, predict with and summarise the SE-ResNet on CIFAR-10: `python train.py --help`."""
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -251,7 +252,9 @@ def print_summary(args: Namespace) -> None:
     """Print torchsummary's table of the network."""
     from torchsummary import summary  # here alone, so that machines which only train can do without
 
-    summary(build_model(args).eval(), (3, 32, 32), device="cpu")
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        summary(build_model(args).eval(), (3, 32, 32), device="cpu")
+    say(table.getvalue().rstrip())
 
 
 def run(args: Namespace, given: dict[str, Any]) -> int:

@@ -178,6 +178,13 @@ def test_mistakes_in_files(data_dir, capsys, tmp_path):
     assert "no checkpoint" in mistake(capsys, *runs, "--init", tmp_path / "file", "--name", "b")
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+    with subprocess.Popen([sys.executable, "train.py", "--summary", "--num-blocks", "1", "--channels", "16"], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head -n 0` does
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there(capsys, tmp_path):
     assert "--device cuda" in mistake(capsys, "--device", "cuda", "--checkpoint-dir", tmp_path)

@@ -33,7 +33,7 @@ import device as devices
 import options
 import train
 from trainer import RunError, Trainer
-from utils import Processes, Signals, UserError, save_checkpoint, write_text
+from utils import Processes, Signals, UserError, save_checkpoint, say, write_text
 
 EPOCH, TEST_SET = 50_000, 10_000  # images that the figures for an epoch and for an evaluation stand for
 PROGRAM, PAPER, NO_TF32 = "this program", "the paper's way", "the paper's way, TF32 off"
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=Path(train.__file__).parent / "checkpoints", prefix=".bench-") as folder:
             head, rows = measure(["--device", args.device], counts, Path(folder))
         head = {"command": " ".join(["python", *sys.argv]), **head}
-        print("\n".join([*(f"{name:15} {value}" for name, value in head.items()), "", str(rows)]))
+        say("\n".join([*(f"{name:15} {value}" for name, value in head.items()), "", str(rows)]))
         if args.json:
             write_text(args.json, json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
     except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
 from options import Parser
-from utils import UserError, write_text
+from utils import UserError, say, write_text
 
 # Settings of where and how often, which change no figure; and those that have a column of their own.
 PLACES = {"name", "checkpoint_dir", "data_dir", "download", "workers", "overwrite", "save_minutes", "log_interval",
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         runs = [read_run(path) for path in {path.resolve(): path for path in args.runs}.values()]  # each folder once
         table, notes, picture = build_table(runs), build_notes(runs), None
-        print("\n".join([format_text(table), "", *notes]))
+        say("\n".join([format_text(table), "", *notes]))
         if args.picture:
             draw_runs(runs, args.picture)
             picture = Path(os.path.relpath(args.picture, args.markdown.parent)).as_posix() if args.markdown else None

@@ -26,7 +26,7 @@ import device as devices
 import evaluate
 from options import Parser, at_least
 from tools.corruption_ops import EXTRA, MAIN, corrupt
-from utils import UserError, write_text
+from utils import UserError, say, write_text
 
 SEVERITIES = range(1, 6)
 MAIN_NAMES = ("frost", *(operation.__name__ for operation in MAIN))
@@ -127,7 +127,7 @@ def copy_rows(images: np.ndarray, start: int, count: int) -> Tensor:
 def measure(sets: list[TestSet], predict: Predict) -> dict[str, list[float]]:
     """Give the accuracy in percent on every version of every set; print each set's row as soon as it is known."""
     found = {}
-    print(format_row("accuracy (%)", [f"severity {SEVERITIES[0]}", *SEVERITIES[1:], "mean"]))
+    say(format_row("accuracy (%)", [f"severity {SEVERITIES[0]}", *SEVERITIES[1:], "mean"]))
     total = sum(len(each.versions) * len(each.targets) for each in sets)
     with tqdm(total=total, unit=" images", disable=None, leave=False) as bar:
         for each in sets:
@@ -141,7 +141,7 @@ def measure(sets: list[TestSet], predict: Predict) -> dict[str, list[float]]:
             alone = len(each.versions) == 1
             cells = [""] * 5 + found[each.name] if alone else [*found[each.name], float(np.mean(found[each.name]))]
             with bar.external_write_mode():
-                print(format_row(each.name + " (extra)" * (each.kind == "extra"), cells), flush=True)
+                say(format_row(each.name + " (extra)" * (each.kind == "extra"), cells))
     return found
 
 
@@ -225,16 +225,16 @@ def run(args: Namespace) -> None:
         raise UserError(f"checkpoint {args.checkpoint} knows the classes {', '.join(info['classes'])}, but the images "
                         f"show {', '.join(classes)}; measure it on what it was trained for")
     counts = " or ".join(f"{count:,}" for count in sorted({len(each.targets) for each in sets}))
-    print(f"{args.checkpoint} on {devices.describe(device)} in {precision}, {counts} images for each figure")
+    say(f"{args.checkpoint} on {devices.describe(device)} in {precision}, {counts} images for each figure")
     summary = summarise(sets, measure(sets, partial(evaluate.predict_logits, model, device=device, precision=precision,
                                                     normalize=info["normalize"])))
-    print(describe(summary, bool(args.test_dir)))
+    say(describe(summary, bool(args.test_dir)))
     if args.output:
         settings = {"checkpoint": str(args.checkpoint), "precision": precision,
                     "images": {each.name: len(each.targets) for each in sets},
                     "source": str(args.test_dir) if args.test_dir else f"made here, seed {args.seed}"}
         write_text(args.output, format_output(args.output, {**settings, **summary}))
-        print(f"written to {args.output}")
+        say(f"written to {args.output}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

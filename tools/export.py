@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import augment
 import evaluate
 from options import Parser
-from utils import UserError, write_atomically
+from utils import UserError, say, write_atomically
 
 
 class FromUnitRange(nn.Module):
@@ -62,7 +62,7 @@ def export(checkpoint: Path, output: Path) -> None:
     model, info = evaluate.load_model(checkpoint, torch.device("cpu"))
     content = to_onnx(FromUnitRange(model, info["normalize"]).eval(), info["classes"])
     write_atomically(output, lambda temporary: temporary.write_bytes(content))
-    print(f"{output}: images (N, 3, 32, 32) float32 in [0, 1] -> logits of {', '.join(info['classes'])}")
+    say(f"{output}: images (N, 3, 32, 32) float32 in [0, 1] -> logits of {', '.join(info['classes'])}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
