@@ -12,7 +12,7 @@ OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.1),
     "adam": (torch.optim.Adam, 1e-3),
     "adamw": (torch.optim.AdamW, 1e-3),
-    "rmsprop": (torch.optim.RMSprop, 1e-3),
+    "rmsprop": (torch.optim.RMSprop, 1e-4),  # with momentum 0.9 a step is ten times that
     "adagrad": (torch.optim.Adagrad, 1e-2),
     "adadelta": (torch.optim.Adadelta, 1.0),
 }

@@ -165,7 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, 
         All settings, and those that were given rather than left at their default.
     """
     parser = get_parser()
-    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    defaults = vars(parser.parse_args([]))
     found = parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, _NOT_GIVEN)))
     given = {name: value for name, value in vars(found).items() if value is not _NOT_GIVEN}
     args = Namespace(**{**defaults, **given})

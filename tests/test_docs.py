@@ -1,4 +1,4 @@
-"""The documents: every command in the README is one that the program takes."""
+"""The documents: every command in them is one that the program takes."""
 
 import argparse
 import re
@@ -11,7 +11,8 @@ import options
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```(?:bash|console)\n(.*?)```", README, re.S)
+DOCUMENTS = README + (ROOT / "results" / "optimizers" / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```(?:bash|console)\n(.*?)```", DOCUMENTS, re.S)
             for line in block.replace("\\\n", " ").splitlines()]
 
 
