@@ -281,6 +281,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunError, OSError, torch.OutOfMemoryError) as error:
         print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):  # gloo's have no type of their own
+            raise
+        print(f"train.py: error: another process of this run was lost ({str(error).splitlines()[0]:.200}); what was "
+              "saved is whole, go on with --resume", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

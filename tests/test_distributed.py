@@ -5,6 +5,7 @@ import csv
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from runs import Child, assert_same_run, free_port, read
+from runs import Child, assert_same_run, at_step, free_port, read
 from torch import nn
 from torch.nn import functional as F
 
@@ -171,6 +172,22 @@ def test_metrics_of_two_processes_are_those_of_all_images(two, case):
 def test_a_user_s_mistake_on_the_first_process_reaches_all(two):
     errors = [torch.load(two[0] / f"{rank}.pt")["error"] for rank in range(2)]
     assert errors == ["only the first process may do this"] * 2
+
+
+def die_in_the_third_step(rank: int) -> None:
+    """Let the second process be killed."""
+    if rank == 1:
+        at_step(0, 3, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_lost_process_is_told_in_one_line(data_dir, tmp_path):
+    port = free_port()
+    left, lost = (Child([*places(data_dir, tmp_path, "left"), *RUN], tmp_path / f"{rank}.log", die_in_the_third_step,
+                        (rank,), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                        MASTER_PORT=port) for rank in range(2))
+    assert (left.wait(), lost.wait()) == (1, -signal.SIGKILL)
+    assert left.output().splitlines()[-1].startswith("train.py: error: another process of this run was lost")
+    assert "Traceback" not in left.output()
 
 
 # --- votes -----------------------------------------------------------------------------------------------------------
