@@ -83,8 +83,8 @@ def draw_curves(history: Sequence[dict[str, Any]], path: str | Path):
             values = column(history, f"{split}_{name}")
             if len(known := values[np.isfinite(values)]):
                 draw_line(axes, epochs, values, color, label=f"{label}, last {form.format(known[-1])}")
-        corner = "lower right" if axes is accuracy else "upper right"
-        axes.legend(*axes.get_legend_handles_labels(), loc=corner, edgecolor="none", facecolor=PAPER, labelcolor=INK)
+        axes.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0, 1),  # where no line is
+                    ncols=3, frameon=False, labelcolor=INK)
     draw_line(lr, epochs, rates, INK)
     style_curves(accuracy, "accuracy (%)")
     style_curves(loss, "cross-entropy loss (nats)", log=True)
