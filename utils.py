@@ -176,7 +176,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                         or sum(entry.file_size for entry in entries) > path.stat().st_size:
                     raise UserError(f"checkpoint {path} is compressed or forged, expected an archive of torch.save's")
                 if (broken := archive.testzip()) is not None:
-                    raise UserError(f"checkpoint {path} is damaged ({broken} fails its checksum); use an older one")
+                    raise UserError(f"checkpoint {path} is damaged ({broken!a:.60} fails its checksum); use another")
                 for entry in archive.infolist():
                     if entry.filename.lower().endswith("data.pkl"):  # as torch finds it
                         _check_pickle(archive.read(entry))
@@ -186,7 +186,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # zipfile and torch raise a dozen types at damaged bytes; all mean the same to a user
         reason = str(error).strip().splitlines() or [""]
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({type(error).__name__}: {reason[0][:100]})"
+        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({type(error).__name__}: {reason[0]!a:.100})"
                         ) from error
     if isinstance(checkpoint, dict) and "net" in checkpoint and "model" not in checkpoint:
         checkpoint = {"model": checkpoint["net"], "args": {}}  # published code: always the default network
@@ -231,7 +231,7 @@ def _plain_weights(weights: Any, path: Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path}: its model is no dict of tensors")
     for name, value in weights.items():  # strides of 0 make a small file claim terabytes
         if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(f"checkpoint {path}: tensor {name} claims more than the file holds")
+            raise UserError(f"checkpoint {path}: tensor {name!a:.60} claims more than the file holds")
     return {str(k).removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
 
 
@@ -245,8 +245,8 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path
     for name in [*expected, *weights]:
         found, wanted = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, expected))
         if found != wanted:
-            raise UserError(f"checkpoint {path} is of another architecture: {name} has {found}, expected {wanted}; "
-                            "give the model flags that it was trained with")
+            raise UserError(f"checkpoint {path} is of another architecture: {name!a:.60} has {found}, expected "
+                            f"{wanted}; give the model flags that it was trained with")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
