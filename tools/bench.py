@@ -54,7 +54,7 @@ class Counts(NamedTuple):
 
 
 COUNTS = {("cpu", False): Counts(5, 1, 2, 64, 390 * 128, 1000, 128, 4096),  # a last batch of 80 would weigh too much
-          ("cpu", True): Counts(2, 1, 1, 16, 390 * 128, 250, 64, 2048),
+          ("cpu", True): Counts(2, 1, 1, 16, 200 * 128, 125, 64, 2048),
           ("cuda", False): Counts(5, 3, 391, 64, EPOCH, TEST_SET, 128, 8192),
           ("cuda", True): Counts(2, 3, 391, 16, EPOCH, TEST_SET, 128, 8192)}
 
