@@ -6,6 +6,7 @@ python tools/export.py --checkpoint checkpoints/se-resnet/best.pt --output se-re
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def to_onnx(model: nn.Module, classes: Sequence[str]) -> bytes:
 
     The exporter built on torch.export needs onnxscript; the older one, which does not, warns that it will be removed.
     """
-    program = torch.onnx.export(model, (torch.zeros(2, 3, 32, 32),), input_names=["images"], output_names=["logits"],
-                                dynamic_shapes=({0: torch.export.Dim("N")},), dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch 2.10 warns of its own code
+        program = torch.onnx.export(model, (torch.zeros(2, 3, 32, 32),), input_names=["images"],
+                                    output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("N")},),
+                                    dynamo=True, verbose=False)
     program.model.graph.metadata_props.clear()
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with the paths of this machine
