@@ -123,7 +123,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: str | Pa
 def draw_mistakes(images, targets, predictions, probabilities, classes: Sequence[str], path: str | Path):
     """Draw the first 36 of (N, 32, 32, 3) uint8 images, with label, guess and the guess's probability (0 to 1)."""
     shown = list(zip(images, targets, predictions, probabilities, strict=True))[:36]
-    height = 0.6 + 1.9 * -(-len(shown) // 6)  # inches, of rows of six
+    height = round(0.6 + 1.9 * -(-len(shown) // 6), 1)  # inches, of rows of six; rounded, or a pixel may be lost
     figure = new_figure(9, height)
     figure.set_layout_engine("none")
     title = "Most confident mistakes: label, guess and its probability" if shown else "No mistakes"
