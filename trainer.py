@@ -39,6 +39,8 @@ from utils import (
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
            "test_accuracy", "seconds", "images_per_second")
 
+COUNTERS = {"last_epoch", "_step_count", "_last_lr"}  # all that changes in a scheduler's state
+
 SPLIT_NAMES = {"val": "validation", "test": "test"}
 
 
@@ -282,6 +284,8 @@ class Trainer:
             part.load_state_dict(saved[name])
             if not has_form(part.state_dict(), expected):
                 raise ValueError(f"its {name} is of another kind")
+        if any(saved["scheduler"][name] != value for name, value in expected.items() if name not in COUNTERS):
+            raise ValueError("its scheduler is of another run")
         for parameter, state in self.optimizer.state.items():
             if any(value.shape not in ((), parameter.shape) for value in state.values() if value is not None):
                 raise ValueError("its optimizer is of other shapes")

@@ -248,7 +248,7 @@ FORGED = {
     "rng": [None, [], [{}], [{"cpu": torch.zeros(3)}], [{"cpu": "state"}], REMOVED],
     "scheduler": [None, {}, REMOVED],
     "scheduler/last_epoch": ["1", 3, REMOVED],
-    "scheduler/base_lrs": ["0.1", [], ["0.1"]],
+    "scheduler/base_lrs": ["0.1", [], ["0.1"], [0.5]],
     "scaler": ["1", {"scale": 1.0}, REMOVED],
     "scaler/scale": ["1", None, [1.0]],
     "optimizer": [None, {}, [], REMOVED],
@@ -323,6 +323,15 @@ def test_every_single_flipped_bit_is_found_or_does_no_harm(good, tmp_path):
             found += "\n" not in str(error)
     print(f"{8 * len(content):,} bits, {found:,} found, the others without effect")
     assert found > 4 * len(content)
+
+
+def test_the_name_of_a_damaged_record_is_shown_in_ascii(good, tmp_path):
+    path, content = tmp_path / "last.pt", bytearray((good / "last.pt").read_bytes())
+    content[content.rindex(b"serialization_id") + 3] = 10  # in the archive's list: a line end
+    path.write_bytes(content)
+    with pytest.raises(utils.UserError, match=r"ser\\nalization_id' fails its checksum") as raised:
+        utils.load_checkpoint(path)
+    assert "\n" not in str(raised.value)
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------------------
