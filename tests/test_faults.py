@@ -317,17 +317,21 @@ def test_the_second_run_in_a_folder_is_refused(flags, start, tmp_path, unbroken)
 
 @pytest.mark.parametrize("loader", [["--loader", "device"], ["--loader", "workers", "--workers", "2"]])
 def test_the_lock_dies_with_its_process(loader, start, tmp_path, unbroken):
-    """Also while its orphaned worker processes live on for some seconds."""
+    """Also while its orphaned worker processes live on: for some seconds, and here stopped, so that they surely do."""
     child = start(*loader, "--save-minutes", "0", prepare=pause_after, args=(0, 2, tmp_path / "marker"))
     wait_for((tmp_path / "marker").exists)
     workers = [int(word) for word in (tmp_path / "marker").read_text().split()]
     assert bool(workers) == ("workers" in loader)
-    child.signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
     for worker in workers:
-        os.kill(worker, 0)  # is alive
-    child = start("--resume")
-    assert child.wait() == 0, child.output()
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        child.signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        child = start("--resume")
+        assert child.wait() == 0, child.output()
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)  # fails if it was not alive all the time
     assert_same_run(tmp_path / "run", unbroken)
 
 
