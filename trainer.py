@@ -115,10 +115,11 @@ class Trainer:
             part = self.loader.part(0)
             inputs = torch.zeros(part.stop - part.start, 3, 32, 32, device=self.device)
             targets = torch.zeros(len(inputs), dtype=torch.int64, device=self.device)
+            mixed = (targets, torch.ones((), device=self.device)) if self.args.mixup or self.args.cutmix else ()
             buffers = [buffer.clone() for buffer in self.model.buffers()]
             state = get_random_state(self.device)
             try:
-                function(inputs.contiguous(memory_format=torch.channels_last), targets)[0].backward()
+                function(inputs.contiguous(memory_format=torch.channels_last), targets, *mixed)[0].backward()
             finally:
                 set_random_state(state, self.device)
                 self.optimizer.zero_grad()

@@ -171,6 +171,17 @@ def test_the_trial_of_compile_leaves_no_trace(monkeypatch, set_up, compiler, com
     assert trainer.totals.tolist() == [0, 0] and trainer.step == 0
 
 
+@pytest.mark.parametrize("flags", [[], ["--mixup", "1"], ["--cutmix", "1"]])
+def test_compile_is_tried_on_what_a_step_has(monkeypatch, set_up, flags):
+    """Or a compiler that fails at it would end the run, and one that does not would be asked twice."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: calls.append(args) or function(*args))
+    trainer = set_up(*flags, "--compile")
+    trainer.train_step(*next(trainer.loader.epoch(0)))
+    tried, done = ([(value.shape, value.dtype, value.stride()) for value in call] for call in calls)
+    assert tried == done and len(done) == (4 if flags else 2)
+
+
 def losses(trainer: Trainer, epochs: int) -> list[float]:
     """Train, and give the training loss of each epoch."""
     for _ in range(epochs):
