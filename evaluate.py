@@ -139,9 +139,7 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
     saved = checkpoint["args"]
     options.check_saved(saved, path)
     options.refuse_changes(given, saved, (*options.MODEL_FLAGS, "normalize"), "leave it out")
-    weights = checkpoint["model"]
-    if checkpoint.get("ema"):  # of a last.pt; n_averaged is the only key beside the averaged weights
-        weights = {name: value for name, value in checkpoint["ema"].items() if name != "n_averaged"}
+    weights = checkpoint.get("ema") or checkpoint["model"]  # the former of a last.pt
     try:
         with torch.device("meta"):  # where a network takes no memory, however large the file says that it is
             check_weights(models.SEResNet(**options.model_args({**given, **saved})), weights, path)

@@ -1,5 +1,6 @@
 """A training run in progress: its steps, its epochs, and what it leaves on the disk."""
 
+import copy
 import platform
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -82,9 +83,11 @@ class Trainer:
         self.logits: Tensor | None = None  # of the last evaluation
         self.drawn: dict[str, Any] | None = None  # the last row that the pictures show
         self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema),
-                                 use_buffers=True) if args.ema else None
-        self.kept = model if self.ema is None else self.ema.module  # what is evaluated, and best.pt
+        self.kept = copy.deepcopy(model) if args.ema else model  # what is evaluated, and best.pt
+        # by this part of swa_utils alone: its AveragedModel would wait for a GPU twice a step, to hand it a counter
+        self.average = get_ema_multi_avg_fn(args.ema)
+        self.averaged = [[tensor for tensor in (*network.parameters(), *network.buffers())
+                          if tensor.is_floating_point()] for network in (self.kept, model)]
         self.forward = self.forward_loss
         self.saved_at = time.monotonic()
 
@@ -144,8 +147,8 @@ class Trainer:
         self.scaler.update()
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        if self.args.ema:
+            self.average(*self.averaged, None)
         self.step += 1
 
     def sum_gradients(self) -> None:
@@ -259,10 +262,10 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Collect what a checkpoint holds; every process must call it."""
-        averaged = self.ema and {**self.kept.state_dict(), "n_averaged": self.ema.n_averaged}
-        return {"model": self.model.state_dict(), "ema": averaged, "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict(), "epoch": self.epoch,
-                "step": self.step, "best_accuracy": self.best_accuracy, "history": self.history,
+        return {"model": self.model.state_dict(), "ema": self.kept.state_dict() if self.args.ema else None,
+                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step,
+                "best_accuracy": self.best_accuracy, "history": self.history,
                 "totals": {"sums": self.processes.gather(self.totals.cpu()), "seconds": self.seconds, "lr": self.lr},
                 "rng": self.processes.gather(get_random_state(self.device)), "args": saved_args(self.args),
                 "classes": self.held_out.classes, "environment": self.environment()}
@@ -290,10 +293,8 @@ class Trainer:
         for parameter, state in self.optimizer.state.items():
             if any(value.shape not in ((), parameter.shape) for value in state.values() if value is not None):
                 raise ValueError("its optimizer is of other shapes")
-        if self.ema is not None:
-            averaged = dict(saved["ema"])
-            self.ema.n_averaged.copy_(averaged.pop("n_averaged"))
-            load_weights(self.kept, averaged, self.folder.path)
+        if self.args.ema:
+            load_weights(self.kept, saved["ema"], self.folder.path)
         if saved["scaler"] != {} and not has_form(saved["scaler"], torch.amp.GradScaler("cpu").state_dict()):
             raise ValueError("its scaler is none")
         if saved["scaler"] and self.scaler.is_enabled():

@@ -89,9 +89,12 @@ def test_loss_and_hits_share_between_two_labels(monkeypatch):
 
 def test_averaged_weights_are_evaluated_and_kept(run_train, tmp_path, monkeypatch):
     steps, train_step = [], train.Trainer.train_step
+    def copied(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
     def note(self, *batch):
+        steps.extend([] if steps else [copied(self.model)])
         train_step(self, *batch)
-        steps.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        steps.append(copied(self.model))
     monkeypatch.setattr(train.Trainer, "train_step", note)
     assert run_train("--epochs", "2", "--name", "e", "--ema", "0.6", "--cutmix", "1", "--trivial-augment") == 0
     average = steps[0]
