@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import sys
+import time
 import zipfile
 import zlib
 from functools import partial
@@ -362,6 +363,16 @@ def mutated(content, changes):
     return bytes(content)
 
 
+@contextlib.contextmanager
+def at_most_2_s():
+    """Bound the processor's time, which a busy machine does not stretch; who waits instead never ends the test."""
+    start = time.process_time()
+    try:
+        yield
+    finally:
+        assert time.process_time() - start < 2
+
+
 def fuzz(path, examples, argv):
     """Mutate a checkpoint's bytes and, with right checksums, those of its pickle; in a process of its own.
 
@@ -371,7 +382,7 @@ def fuzz(path, examples, argv):
     content, expected = path.read_bytes(), utils.load_checkpoint(path)
     with zipfile.ZipFile(path) as archive:
         program, edge = archive.read("archive/data.pkl"), len(content) - archive.start_dir
-    checked = settings(max_examples=examples, deadline=2000, database=None, derandomize=True,
+    checked = settings(max_examples=examples, deadline=None, database=None, derandomize=True,
                        suppress_health_check=list(HealthCheck))
 
     @checked
@@ -381,7 +392,8 @@ def fuzz(path, examples, argv):
             changes = [(kind, len(content) - 1 - here % edge, there, value) for kind, here, there, value in changes]
         path.write_bytes(mutated(content, changes))
         try:
-            found = utils.load_checkpoint(path)
+            with at_most_2_s():
+                found = utils.load_checkpoint(path)
         except utils.UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
         else:
@@ -392,7 +404,7 @@ def fuzz(path, examples, argv):
     def bytes_of_the_pickle(changes):
         path.write_bytes(packed(path.parent / "copy.pt", mutated(program, changes)))
         for use in (partial(resume_a_step, argv), partial(evaluate.load_model, path, torch.device("cpu"))):
-            with contextlib.suppress(utils.UserError):
+            with contextlib.suppress(utils.UserError), at_most_2_s():
                 use()
 
     (path.parent / "copy.pt").write_bytes(content)
