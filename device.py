@@ -1,6 +1,7 @@
 """Which device, which precision, and whether to compile: decided by what the hardware has."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import sys
@@ -61,6 +62,20 @@ def set_up_backend(device: torch.device, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one; other C libraries are left alone.
+
+    By itself it gives such large pieces back to the system, and each of their pages costs a fault when it is taken
+    again: in every step, for all that the layers leave.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # numbers of malloc.h, meanings of mallopt(3)
+        mallopt(-4, 0)  # M_MMAP_MAX: large pieces come from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing of the heap is given back
 
 
 def can_compile(device: torch.device) -> bool:

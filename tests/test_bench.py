@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import data
+import device as devices
 import models
 from tools import bench
 
@@ -115,13 +116,13 @@ def test_figures_follow_from_each_other(measured):
 def test_rates_count_the_images_of_their_steps(measured, monkeypatch):
     trainer = bench.build([*FLAGS, *LIMITS], measured[0], "rates")
     monkeypatch.setattr(bench, "seconds", lambda device, action: action() and None or 2.0)
-    assert bench.whole_rate(trainer, trainer.loader, 2) == (32 + 16) / 2
+    assert bench.whole_rate(trainer, 2) == (32 + 16) / 2
     assert bench.loader_rate(trainer.loader, 1) == 16 / 2
-    assert bench.bare_rate(trainer, next(trainer.loader.epoch(0)), 3) == 3 * 32 / 2
+    assert bench.bare_rate(trainer, 3) == 3 * 32 / 2
 
 
 def test_the_papers_way_is_what_it_says(measured, monkeypatch):
-    trainer = bench.build_paper([*FLAGS, *LIMITS], measured[0])
+    trainer = bench.build_paper((*FLAGS, *LIMITS), measured[0])
     seen, waits, item = [], [], torch.Tensor.item
     trainer.model.residual_layers[0].register_forward_hook(lambda *values: seen.append(values[2]))
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(item(tensor)) or waits[-1])
@@ -131,6 +132,15 @@ def test_the_papers_way_is_what_it_says(measured, monkeypatch):
     loss, hits = trainer.totals.tolist()
     assert waits[-3:] == [loss, hits, loss]
     assert isinstance(trainer.loader, data.WorkersLoader) and trainer.step == 1
+
+
+def test_the_papers_way_takes_its_memory_as_it_always_did(monkeypatch):
+    calls = []
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: calls.append("kept"))
+    devices.set_up_backend(torch.device("cpu"), deterministic=False)
+    bench.leave_memory_alone()
+    devices.set_up_backend(torch.device("cpu"), deterministic=False)
+    assert calls == ["kept"]
 
 
 def test_what_the_recipes_add_is_in_the_figure(measured):

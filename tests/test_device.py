@@ -1,5 +1,6 @@
 """Device, precision and compile: what is picked, what happens where it is not there, and that it trains."""
 
+import platform
 import warnings
 
 import pytest
@@ -114,6 +115,18 @@ def test_deterministic_asks_torch_for_it(monkeypatch):
     finally:
         devices.set_up_backend(CUDA, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, the C library of most Linux systems")
+def test_memory_that_a_step_frees_is_there_for_the_next_one():
+    import resource
+    devices.keep_freed_memory()
+    size, faults = 40 * 2**20, []  # above 32 MiB glibc would never keep it
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.zeros(size, dtype=torch.uint8).fill_(1)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert sum(faults[10:]) < size / resource.getpagesize()  # or ten times that
 
 
 # --- compile ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ The images are random bytes: no time depends on what they show.
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -17,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +106,8 @@ def build(flags: Sequence[str], folder: Path, name: str) -> Trainer:
     return trainer
 
 
-def build_paper(flags: Sequence[str], folder: Path) -> Trainer:
+@cache  # where there is one, it is used again and again
+def build_paper(flags: tuple[str, ...], folder: Path) -> Trainer:
     """Build a run of the published way: torchvision's loader, float32, NCHW, three waits a step."""
     def step(inputs: Tensor, targets: Tensor) -> None:
         Trainer.train_step(trainer, inputs.contiguous(), targets)  # the copy is less than a thousandth of the step
@@ -117,6 +120,23 @@ def build_paper(flags: Sequence[str], folder: Path) -> Trainer:
         group["fused"] = None  # as PyTorch leaves it
     trainer.train_step = step
     return trainer
+
+
+def leave_memory_alone() -> None:
+    """Undo in this process, before anything is built, what the published way does not do."""
+    devices.keep_freed_memory = lambda: None
+
+
+def close_loader(trainer: Trainer) -> None:
+    """End the loader's workers, which their process would wait for."""
+    trainer.loader.close()
+
+
+def call_paper(flags: tuple[str, ...], folder: Path, way: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function with the published way's trainer, in the process where it is alone."""
+    # By itself PyTorch allows TF32 in convolutions and not in products, of which training has a millionth.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way != NO_TF32
+    return function(build_paper(flags, folder), *args)
 
 
 def seconds(device: torch.device, action: Callable[[], Any]) -> float:
@@ -136,18 +156,23 @@ def loader_rate(loader: data.Loader, steps: int) -> float:
     return (len(loader.targets) - first * loader.batch_size) / duration
 
 
-def bare_rate(trainer: Trainer, batch: tuple[Tensor, Tensor], steps: int) -> float:
+def bare_rate(trainer: Trainer, steps: int) -> float:
     """Give images/s of training steps on one batch that is there already."""
+    inputs = torch.randn(trainer.loader.batch_size, 3, 32, 32, device=trainer.device)
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+    targets = torch.zeros(len(inputs), dtype=torch.int64, device=trainer.device)
+
     def run() -> None:
         for _ in range(steps):
             trainer.step = 0  # a whole batch, for `Loader.count`
-            trainer.train_step(*batch)
+            trainer.train_step(inputs, targets)
     trainer.model.train()
-    return steps * len(batch[1]) / seconds(trainer.device, run)
+    return steps * len(targets) / seconds(trainer.device, run)
 
 
-def whole_rate(trainer: Trainer, loader: data.Loader, steps: int) -> float:
-    """Give images/s of the last `steps` steps of the next epoch, with all that training does."""
+def whole_rate(trainer: Trainer, steps: int, loader: data.Loader | None = None) -> float:
+    """Give images/s of the last `steps` steps of the next epoch, with all that training does, and on with a loader."""
+    loader = loader or trainer.loader
     first = max(0, len(loader) - steps)
     trainer.loader, trainer.epoch, trainer.step = loader, trainer.epoch + 1, first
     trainer.totals, trainer.seconds = trainer.no_totals(), 0.0
@@ -209,44 +234,42 @@ def measure_scaling(rows: Rows, program: Trainer, counts: Counts) -> None:
     images = 10 * (counts.train_images // once.batch_size) * once.batch_size  # no last batch of a size to compile for
     ten = data.DeviceLoader(random_split(images), once.batch_size, program.device, seed=0)
     ten_steps = len(ten) if counts.steps >= len(once) else counts.steps  # the draws are made once an epoch
-    rows.measure(counts, {"images once, images/s": partial(whole_rate, program, once, counts.steps),
-                          "ten times the images, images/s": partial(whole_rate, program, ten, ten_steps)})
+    rows.measure(counts, {"images once, images/s": partial(whole_rate, program, counts.steps, once),
+                          "ten times the images, images/s": partial(whole_rate, program, ten_steps, ten)})
     rows.divide("ten times the images : images once", "ten times the images, images/s", "images once, images/s")
     rows.add("memory growth : bytes of these images", 1e6 * (peak_memory(program.device) - before) / ten.images.nbytes)
     program.loader = once
 
 
-def measure_loaders(rows: Rows, program: Trainer, paper: Trainer, counts: Counts) -> None:
+def measure_loaders(rows: Rows, program: Trainer, counts: Counts) -> None:
     """Measure the loaders alone."""
-    theirs, steps, workers = paper.loader, counts.loader_steps, paper.loader.loader.num_workers
-    alone = data.WorkersLoader(data.Split(theirs.images, theirs.targets, []), theirs.batch_size, theirs.device, 0,
-                               workers=0)
-    loaders = {"device loader": (program.loader, len(program.loader)), "torchvision in one process": (alone, steps),
-               f"torchvision in {workers} workers": (theirs, workers * steps)}
-    rows.measure(counts, {f"{name}, images/s": partial(loader_rate, *of) for name, of in loaders.items()})
+    ours, workers = program.loader, os.cpu_count()
+    split = data.Split(ours.images.cpu(), ours.targets.cpu(), [])
+    alone, several = (data.WorkersLoader(split, ours.batch_size, ours.device, 0, workers=n) for n in (0, workers))
+    loaders = {"device loader": (ours, len(ours)), "torchvision in one process": (alone, counts.loader_steps),
+               f"torchvision in {workers} workers": (several, workers * counts.loader_steps)}
+    with contextlib.closing(several):  # or its workers outlive it, and the program waits for them
+        rows.measure(counts, {f"{name}, images/s": partial(loader_rate, *of) for name, of in loaders.items()})
     for name in list(loaders)[1:]:
         rows.divide(f"device loader : {name}", "device loader, images/s", f"{name}, images/s")
 
 
-def measure_training(rows: Rows, ways: dict[str, Trainer], harder: Trainer, counts: Counts) -> None:
+def measure_training(rows: Rows, program: Trainer, harder: Trainer, paper: Callable[..., float], ways: Sequence[str],
+                     counts: Counts) -> None:
     """Measure bare steps, whole training and large products, and what share of their rate training reaches.
 
-    And `harder`, this program with what the recipes add, beside it without.
+    And `harder`, this program with what the recipes add, beside it without. `paper` calls `call_paper`.
     """
-    def run(way: str, rate: Callable[[Trainer], float]) -> float:
-        # By itself PyTorch allows TF32 in convolutions and not in products, of which training has a millionth.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way != NO_TF32
-        return rate(ways[way])
-    batch = next(ways[PROGRAM].loader.epoch(0))
-    rates = {"bare step, images/s": lambda trainer: bare_rate(trainer, batch, counts.steps),
-             "whole training, images/s": lambda trainer: whole_rate(trainer, trainer.loader, counts.steps),
-             "matrix product, GFLOP/s": lambda trainer: product_rate(trainer, counts.product)}
+    rates = {"bare step, images/s": (bare_rate, counts.steps), "whole training, images/s": (whole_rate, counts.steps),
+             "matrix product, GFLOP/s": (product_rate, counts.product)}
     added = f"{PROGRAM} with {' '.join(ADDED)}, images/s"
-    rows.measure(counts, {f"{way}: {name}": partial(run, way, rate) for way in ways for name, rate in rates.items()}
-                 | {added: partial(whole_rate, harder, harder.loader, counts.steps)})
+    actions = {f"{PROGRAM}: {name}": partial(rate, program, count) for name, (rate, count) in rates.items()}
+    actions[added] = partial(whole_rate, harder, counts.steps)
+    actions |= {f"{way}: {name}": partial(paper, way, *rate) for way in ways for name, rate in rates.items()}
+    rows.measure(counts, actions)
     rows.divide("time of an epoch with these : without", f"{PROGRAM}: whole training, images/s", added)
-    rows.add("GFLOP of training per image", gflop := count_flops(ways[PROGRAM].model) / 1e9)
-    for way in ways:
+    rows.add("GFLOP of training per image", gflop := count_flops(program.model) / 1e9)
+    for way in (PROGRAM, *ways):
         bare, whole, product = (f"{way}: {name}" for name in rates)
         rows.divide(f"{way}: whole training : bare step", whole, bare)
         rows.add(f"{way}: arithmetic, GFLOP/s", *(gflop * rate for rate in rows[whole]["samples"]))
@@ -263,14 +286,20 @@ def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[st
     settings = ["--batch-size", str(counts.batch_size), "--limit-train", str(counts.train_images),
                 "--limit-test", str(counts.test_images), *flags]
     rows, program = Rows(), build(settings, folder, "program")
-    whole_rate(program, program.loader, counts.steps)
+    whole_rate(program, counts.steps)
     rows.add("peak memory, MB", peak_memory(program.device))  # before anything else needs some
     measure_scaling(rows, program, counts)
-    paper = build_paper(settings, folder)
-    ways = {PROGRAM: program, PAPER: paper} | ({NO_TF32: paper} if program.device.type == "cuda" else {})
-    with contextlib.closing(paper.loader):  # or its workers outlive it, and the program waits for them
-        measure_loaders(rows, program, paper, counts)
-        measure_training(rows, ways, build([*settings, *ADDED], folder, "harder"), counts)
+    measure_loaders(rows, program, counts)
+    ways = [PAPER, NO_TF32] if program.device.type == "cuda" else [PAPER]
+    apart = multiprocessing.get_context("spawn")  # its settings, and how it takes memory, are not this program's
+    with ProcessPoolExecutor(1, mp_context=apart, initializer=leave_memory_alone) as process:
+        def paper(*args: Any) -> Any:
+            return process.submit(call_paper, tuple(settings), folder, *args).result()
+        try:
+            measure_training(rows, program, build([*settings, *ADDED], folder, "harder"), paper, ways, counts)
+            published = paper(PAPER, Trainer.environment)
+        finally:
+            paper(PAPER, close_loader)
     epoch = EPOCH / rows[f"{PROGRAM}: whole training, images/s"]["median"]
     rows.add(f"epoch of {EPOCH:,} images, s", epoch)
     rows.measure(counts, {
@@ -286,7 +315,7 @@ def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[st
             "torch": f"{torch.__version__}, Python {platform.python_version()}",
             "date": time.strftime("%Y-%m-%d %H:%M"),
             PROGRAM: f"{program.environment()}, {torch.get_num_threads()} threads",
-            PAPER: f"{paper.environment()}, {paper.loader.loader.num_workers} worker processes",
+            PAPER: f"{published}, {os.cpu_count()} worker processes",
             "counts": ", ".join(f"{name} {value}" for name, value in counts._asdict().items())}, rows
 
 
