@@ -147,6 +147,7 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
         if isinstance(error, UserError):
             raise
         raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
+    devices.set_up_backend(device, deterministic=False)
     model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
     load_weights(model, weights, path)
     info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
