@@ -147,7 +147,6 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
         if isinstance(error, UserError):
             raise
         raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
-    devices.set_up_backend(device, deterministic=False)
     model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
     load_weights(model, weights, path)
     info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
@@ -158,6 +157,7 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
 def run_evaluate(args: Namespace, given: dict[str, Any]) -> None:
     """Print accuracy, loss and the per-class report of `--checkpoint` on the test set; draw pictures if asked to."""
     device = devices.pick_device(args.device)
+    devices.set_up_backend(device, args.deterministic)
     model, info = load_model(args.checkpoint, device, given)
     test = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
     logits = predict_logits(model, test.images, device, devices.pick_precision(args.precision, device),
@@ -194,6 +194,7 @@ def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
 def run_predict(args: Namespace, given: dict[str, Any]) -> None:
     """Label the images of `--predict` and write them as a CSV file."""
     device = devices.pick_device(args.device)
+    devices.set_up_backend(device, args.deterministic)
     model, info = load_model(args.checkpoint, device, given)
     pictures = find_pictures(args.predict)
     if pictures:

@@ -122,7 +122,10 @@ def test_rates_count_the_images_of_their_steps(measured, monkeypatch):
 
 
 def test_the_papers_way_is_what_it_says(measured, monkeypatch):
+    kept = []
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: kept.append(True))
     trainer = bench.build_paper((*FLAGS, *LIMITS), measured[0])
+    assert not kept and bench.build([*FLAGS, *LIMITS], measured[0], "kept") and kept
     seen, waits, item = [], [], torch.Tensor.item
     trainer.model.residual_layers[0].register_forward_hook(lambda *values: seen.append(values[2]))
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(item(tensor)) or waits[-1])
@@ -132,15 +135,6 @@ def test_the_papers_way_is_what_it_says(measured, monkeypatch):
     loss, hits = trainer.totals.tolist()
     assert waits[-3:] == [loss, hits, loss]
     assert isinstance(trainer.loader, data.WorkersLoader) and trainer.step == 1
-
-
-def test_the_papers_way_takes_its_memory_as_it_always_did(monkeypatch):
-    calls = []
-    monkeypatch.setattr(devices, "keep_freed_memory", lambda: calls.append("kept"))
-    devices.set_up_backend(torch.device("cpu"), deterministic=False)
-    bench.leave_memory_alone()
-    devices.set_up_backend(torch.device("cpu"), deterministic=False)
-    assert calls == ["kept"]
 
 
 def test_what_the_recipes_add_is_in_the_figure(measured):

@@ -238,6 +238,13 @@ def test_evaluate_prints_what_a_loop_finds(run, expected, test_set, capsys):
     assert f"loss {loss:.4f}" in printed and all(name in printed for name in test_set.classes)
 
 
+def test_deterministic_holds_for_evaluation_too(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate.devices, "set_up_backend", lambda device, deterministic: asked.append(deterministic))
+    assert run("--evaluate", "--deterministic") == 0 and run("--evaluate") == 0
+    assert asked == [True, False]
+
+
 def test_evaluate_with_mirror_images_and_pictures(run, trained, test_set, tmp_path, capsys):
     assert run("--evaluate", "--tta", "--output", tmp_path / "new" / "pictures") == 0
     assert {path.name for path in (tmp_path / "new" / "pictures").iterdir()} == {"confusion.png", "mistakes.png"}

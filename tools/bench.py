@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -113,18 +114,14 @@ def build_paper(flags: tuple[str, ...], folder: Path) -> Trainer:
         Trainer.train_step(trainer, inputs.contiguous(), targets)  # the copy is less than a thousandth of the step
         for index in (0, 1, 0):  # the published loop reads the loss, the hits, and the loss again
             trainer.totals[index].item()
-    trainer = build([*flags, "--loader", "workers", "--workers", str(os.cpu_count()), "--precision", "fp32",
-                     "--no-compile"], folder, "paper")
+    with mock.patch.object(devices, "keep_freed_memory"):  # PyTorch does not do so by itself
+        trainer = build([*flags, "--loader", "workers", "--workers", str(os.cpu_count()), "--precision", "fp32",
+                         "--no-compile"], folder, "paper")
     trainer.model.to(memory_format=torch.contiguous_format)
     for group in trainer.optimizer.param_groups:
         group["fused"] = None  # as PyTorch leaves it
     trainer.train_step = step
     return trainer
-
-
-def leave_memory_alone() -> None:
-    """Undo in this process, before anything is built, what the published way does not do."""
-    devices.keep_freed_memory = lambda: None
 
 
 def close_loader(trainer: Trainer) -> None:
@@ -292,7 +289,7 @@ def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[st
     measure_loaders(rows, program, counts)
     ways = [PAPER, NO_TF32] if program.device.type == "cuda" else [PAPER]
     apart = multiprocessing.get_context("spawn")  # its settings, and how it takes memory, are not this program's
-    with ProcessPoolExecutor(1, mp_context=apart, initializer=leave_memory_alone) as process:
+    with ProcessPoolExecutor(1, mp_context=apart) as process:
         def paper(*args: Any) -> Any:
             return process.submit(call_paper, tuple(settings), folder, *args).result()
         try:

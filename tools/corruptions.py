@@ -214,6 +214,7 @@ def run(args: Namespace) -> None:
     if args.output and (args.output.suffix not in (".json", ".csv") or not args.output.parent.is_dir()):
         raise UserError(f"--output {args.output}: a .json or .csv file in a folder that exists is needed")
     device = devices.pick_device(args.device)
+    devices.set_up_backend(device, deterministic=False)
     precision = devices.pick_precision(args.precision, device)
     model, info = evaluate.load_model(args.checkpoint, device)
     if args.test_dir:
