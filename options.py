@@ -11,13 +11,21 @@ from device import PRECISIONS
 from optim import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM
 from utils import UserError
 
-# What `--resume` takes from the new command: none of it changes what is computed, or not knowingly (see main).
+# What `--resume` takes from the new command: where and how the run goes on. Device, precision and compiling may change
+# the last bits; then `Trainer.load_state` warns.
 FREE_ON_RESUME = {"data_dir", "download", "device", "precision", "loader", "workers", "compile", "deterministic",
                   "checkpoint_dir", "name", "save_minutes", "log_interval", "max_params", "resume"}
 MODEL_FLAGS = ("num_blocks", "channels", "kernel_sizes", "shortcut_kernel_sizes", "pool_size", "dropout", "block",
                "se", "se_reduction")
 MODES = {"resume", "overwrite", "summary", "evaluate", "predict", "checkpoint", "output", "tta"}
 _NOT_GIVEN = object()
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +55,7 @@ def get_parser() -> Parser:
     """Make the parser; nothing is parsed, so that others can look at it."""
     parser = Parser(
         prog="train.py", allow_abbrev=False, fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         description="Train, resume, evaluate, predict with and summarise the SE-ResNet on CIFAR-10. "
                     "@FILE reads flags from a file, as in: python train.py @recipes/paper.txt")
     add_data_flags(parser.add_argument_group("data"))
@@ -66,7 +74,7 @@ def add_data_flags(group: Any) -> None:
     flag("--data-dir", default="data", help="folder that holds cifar-10-batches-py, or that folder itself")
     on_off(group, "--download", True, "fetch CIFAR-10 where the folder does not hold it")
     on_off(group, "--synthetic", False, "train on generated images; no download")
-    flag("--val-size", type=at_least(0), default=0, help="training images held out to pick best.pt; 0 is none")
+    flag("--val-size", type=at_least(0), default=0, help="training images held out to pick best.pt; 0: the test set does")
     flag("--limit-train", type=at_least(1), metavar="N", help="use the first N training images (default: all)")
     flag("--limit-test", type=at_least(1), metavar="N", help="use the first N test images (default: all)")
 
@@ -76,34 +84,34 @@ def add_model_flags(group: Any) -> None:
     flag = group.add_argument
     flag("--num-blocks", type=int, nargs="+", default=[4, 4, 3], help="residual blocks of each layer")
     flag("--channels", type=int, default=64, help="channels of the first layer, doubled in each further one")
-    flag("--kernel-sizes", type=int, nargs="+", default=[3], help="of the blocks, one for all layers or one each")
-    flag("--shortcut-kernel-sizes", type=int, nargs="+", default=[1], help="of the shortcuts, likewise")
-    flag("--pool-size", type=int, help="of the last pooling (default: the whole map)")
+    flag("--kernel-sizes", type=int, nargs="+", default=[3], help="of the blocks, one value or one per layer")
+    flag("--shortcut-kernel-sizes", type=int, nargs="+", default=[1], help="of the shortcuts, one value or one per layer")
+    flag("--pool-size", type=int, help="window of the last average pooling (default: the whole map)")
     flag("--dropout", type=float, default=0.0, help="probability after each block and before the linear layer")
     flag("--block", choices=tuple(models.BLOCKS), default="basic", help="preact: arXiv 1603.05027")
     flag("--se", choices=models.SE_PLACES, default="stem", help="squeeze and excitation: once, in each block, none")
-    flag("--se-reduction", type=int, default=16, help="channels per squeezed channel")
+    flag("--se-reduction", type=int, default=16, help="factor by which SE reduces the channels")
     flag("--max-params", type=at_least(0), default=5_000_000, help="refuse a larger model; 0 is no limit")
 
 
 def add_optimisation_flags(group: Any) -> None:
     """Add the flags of the recipe."""
     flag = group.add_argument
-    flag("--epochs", type=at_least(1), default=200, help="times that every training image is seen")
+    flag("--epochs", type=at_least(1), default=200, help="passes over the training set")
     flag("--batch-size", type=at_least(1), default=128, help="images per step, of all processes together")
-    flag("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="what makes the steps")
+    flag("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser")
     flag("--lr", type=at_least(0, float), help="highest learning rate (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")")
-    flag("--momentum", type=at_least(0, float), default=0.9, help="of sgd and rmsprop")
+    flag("--momentum", type=at_least(0, float), default=0.9, help="momentum of sgd and rmsprop")
     on_off(group, "--nesterov", False, "Nesterov's momentum, for sgd")
     flag("--weight-decay", type=at_least(0, float), default=5e-4, help="of all parameters")
-    flag("--scheduler", choices=SCHEDULERS, default="cosine", help="course of the lr, and of onecycle's momentum")
-    flag("--warmup-epochs", type=at_least(0, float), default=0.0, help="linear rise before the schedule")
+    flag("--scheduler", choices=SCHEDULERS, default="cosine", help="of the lr; onecycle also cycles the momentum")
+    flag("--warmup-epochs", type=at_least(0, float), default=0.0, help="epochs of linear warm-up before the schedule")
     flag("--grad-clip", type=at_least(0, float), default=0.1, help="largest absolute gradient value; 0 is off")
     flag("--label-smoothing", type=at_least(0, float), default=0.0, help="share of the target given to all classes")
     flag("--ema", type=at_least(0, float), default=0.0, metavar="DECAY",
          help="evaluate and keep weights averaged over the steps; 0 is off")
-    flag("--seed", type=at_least(0), default=0, help="of the weights and of every draw")
+    flag("--seed", type=at_least(0), default=0, help="seed of the initial weights and of every draw")
 
 
 def add_augmentation_flags(group: Any) -> None:
@@ -135,15 +143,15 @@ def add_output_flags(group: Any) -> None:
     flag("--checkpoint-dir", default="checkpoints", help="folder of the run folders")
     flag("--name", default="se-resnet", help="name of the run and of its folder")
     on_off(group, "--overwrite", False, "replace a run that lies in the folder")
-    flag("--save-minutes", type=at_least(0, float), default=1.0, help="between saves; 0 saves after every step")
-    flag("--log-interval", type=at_least(1), default=50, metavar="STEPS", help="between looks at loss and accuracy")
+    flag("--save-minutes", type=at_least(0, float), default=1.0, help="minutes between saves; 0 saves after every step")
+    flag("--log-interval", type=at_least(1), default=50, metavar="STEPS", help="steps between looks at the loss")
 
 
 def add_mode_flags(group: Any) -> None:
     """Add the flags that do something else than a new training run, and what they need."""
     flag = group.add_argument
     flag("--resume", nargs="?", const="last", metavar="auto|PATH",
-         help="go on with the run of that --name; auto: or start it; PATH: a run folder, or a file of one")
+         help="go on with the run of that --name; auto: or start it; PATH: a run folder or its checkpoint")
     flag("--init", metavar="FILE", help="start a new run from these weights")
     flag("--summary", action="store_true", help="print the table of layers and parameters")
     flag("--evaluate", action="store_true", help="print accuracy on the test set; with --output DIR, draw pictures")
@@ -186,7 +194,7 @@ def check_modes(args: Namespace, given: dict[str, Any]) -> None:
     """
     modes = [name for name in ("summary", "evaluate", "predict") if getattr(args, name)]
     if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} are two programs; give one of them")
+        raise UserError(f"--{modes[0]} and --{modes[1]} exclude each other; give one of them")
     for name in modes:
         for other in ("resume", "init", "overwrite"):
             if given.get(other):
@@ -216,7 +224,7 @@ def check_training(args: Namespace, given: dict[str, Any]) -> None:
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
         raise UserError("--nesterov needs --optimizer sgd with a --momentum above 0")
     if "momentum" in given and args.optimizer not in USES_MOMENTUM:
-        raise UserError(f"--momentum is of {' and '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
+        raise UserError(f"--momentum applies to {' and '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
     if args.warmup_epochs and args.scheduler == "onecycle":
         raise UserError("--scheduler onecycle rises by itself; leave out --warmup-epochs")
     if "momentum" in given and args.scheduler == "onecycle":
@@ -230,7 +238,7 @@ def check_training(args: Namespace, given: dict[str, Any]) -> None:
     if args.ema >= 1:
         raise UserError(f"--ema {args.ema:g}: a decay below 1 is needed, such as 0.999")
     if "workers" in given and args.loader != "workers":
-        raise UserError("--workers is of --loader workers; the device loader has none")
+        raise UserError("--workers needs --loader workers; the device loader has none")
 
 
 def model_args(args: Namespace | dict[str, Any]) -> dict[str, Any]:

@@ -296,7 +296,7 @@ class Trainer:
         if self.args.ema:
             load_weights(self.kept, saved["ema"], self.folder.path)
         if saved["scaler"] != {} and not has_form(saved["scaler"], torch.amp.GradScaler("cpu").state_dict()):
-            raise ValueError("its scaler is none")
+            raise ValueError("its scaler is malformed")
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.history = saved["epoch"], saved["step"], saved["history"]
@@ -332,7 +332,7 @@ class Trainer:
         totals, sums = saved["totals"], saved["totals"]["sums"]
         if not has_form(totals, {"seconds": 0.0, "lr": 0.0, "sums": [torch.zeros_like(sums[0])] * len(sums)}) \
                 or sums[0].shape != (2,):
-            raise ValueError("its totals are no sums of loss and hits")
+            raise ValueError("its totals are malformed")
 
     def save(self) -> None:
         """Write checkpoint, best weights, metrics and pictures; every process must call it.

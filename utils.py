@@ -1,4 +1,4 @@
-"""Checkpoints, run folder, random state, processes and signals: what keeps a run safe. No word of images here."""
+"""Checkpoints, run folder, random state, processes and signals: what keeps a run safe. It knows no images."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ class UserError(ValueError):
 
 
 def say(text: str) -> None:
-    """Print to who reads it; that no one does any more, as with `| head`, is no reason for a run to fail."""
+    """Print and flush; a reader that has gone away, as with `| head`, must not make a run fail."""
     try:
         print(text, flush=True)
     except OSError:
@@ -174,7 +174,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 # of a folder torch reads nothing; and overlapping records can be many times the file
                 if any(entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & 0x10 for entry in entries) \
                         or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                    raise UserError(f"checkpoint {path} is compressed or forged, expected an archive of torch.save's")
+                    raise UserError(f"checkpoint {path} is compressed or forged, expected a file written by torch.save")
                 if (broken := archive.testzip()) is not None:
                     raise UserError(f"checkpoint {path} is damaged ({broken!a:.60} fails its checksum); use another")
                 for entry in archive.infolist():
@@ -186,7 +186,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except Exception as error:  # zipfile and torch raise a dozen types at damaged bytes; all mean the same to a user
         reason = str(error).strip().splitlines() or [""]
-        raise UserError(f"checkpoint {path} is damaged or no checkpoint ({type(error).__name__}: {reason[0]!a:.100})"
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({type(error).__name__}: {reason[0]!a:.100})"
                         ) from error
     if isinstance(checkpoint, dict) and "net" in checkpoint and "model" not in checkpoint:
         checkpoint = {"model": checkpoint["net"], "args": {}}  # published code: always the default network
@@ -198,7 +198,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     classes = checkpoint.get("classes", [""] * 10)
     if not isinstance(checkpoint["args"], dict) or not isinstance(classes, list) or len(classes) != 10 \
             or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"checkpoint {path} is of another program (its args or classes are none)")
+        raise UserError(f"checkpoint {path} is of another program (its args or classes are malformed)")
     for name in ("model", "ema"):
         if checkpoint.get(name) is not None:
             checkpoint[name] = _plain_weights(checkpoint[name], path)
@@ -228,7 +228,7 @@ def _check_pickle(content: bytes) -> None:
 
 def _plain_weights(weights: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(item, Tensor) for item in weights.values()):
-        raise UserError(f"checkpoint {path}: its model is no dict of tensors")
+        raise UserError(f"checkpoint {path}: its model is not a dict of tensors")
     for name, value in weights.items():  # strides of 0 make a small file claim terabytes
         if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"checkpoint {path}: tensor {name!a:.60} claims more than the file holds")

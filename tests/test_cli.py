@@ -173,9 +173,9 @@ def test_mistakes_in_files(data_dir, capsys, tmp_path):
     assert "--val-size 90" in mistake(capsys, *runs, "--val-size", "90")
     (tmp_path / "file").write_text("no folder")
     assert "cannot be written" in mistake(capsys, *runs, "--checkpoint-dir", tmp_path / "file")
-    assert "no checkpoint" in mistake(capsys, "--evaluate", "--checkpoint", tmp_path / "file")
+    assert "not a checkpoint" in mistake(capsys, "--evaluate", "--checkpoint", tmp_path / "file")
     assert "does not exist" in mistake(capsys, "--evaluate", "--checkpoint", tmp_path / "nothing.pt")
-    assert "no checkpoint" in mistake(capsys, *runs, "--init", tmp_path / "file", "--name", "b")
+    assert "not a checkpoint" in mistake(capsys, *runs, "--init", tmp_path / "file", "--name", "b")
 
 
 def test_a_reader_that_leaves_early_is_no_error():
