@@ -306,7 +306,7 @@ class WorkersLoader(Loader):
 
     def __init__(self, *args, workers: int = 16, start_method: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        workers = min(workers, os.cpu_count() or 1)
+        workers = min(workers, count_cores())
         context = multiprocessing.get_context(start_method) if workers else None
         self.batches: list[list[tuple]] = []  # a sampler: it hands each image's draws to the workers, so that they
         # need to know of no epoch; filled anew for every one
@@ -349,6 +349,11 @@ class ImageDataset(Dataset):
         else:
             image = transforms.to_tensor(image)
         return transforms.normalize(image, augment.MEAN, augment.STD) if self.normalize else image, self.targets[index]
+
+
+def count_cores() -> int:
+    """Count the cores that this process may use: a queue or a container may give it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def add_data_flags(group: Any) -> None:
     flag("--data-dir", default="data", help="folder that holds cifar-10-batches-py, or that folder itself")
     on_off(group, "--download", True, "fetch CIFAR-10 where the folder does not hold it")
     on_off(group, "--synthetic", False, "train on generated images; no download")
-    flag("--val-size", type=at_least(0), default=0, help="training images held out to pick best.pt; 0: the test set does")
+    flag("--val-size", type=at_least(0), default=0, help="training images held out to pick best.pt; 0 is none")
     flag("--limit-train", type=at_least(1), metavar="N", help="use the first N training images (default: all)")
     flag("--limit-test", type=at_least(1), metavar="N", help="use the first N test images (default: all)")
 
@@ -84,8 +84,8 @@ def add_model_flags(group: Any) -> None:
     flag = group.add_argument
     flag("--num-blocks", type=int, nargs="+", default=[4, 4, 3], help="residual blocks of each layer")
     flag("--channels", type=int, default=64, help="channels of the first layer, doubled in each further one")
-    flag("--kernel-sizes", type=int, nargs="+", default=[3], help="of the blocks, one value or one per layer")
-    flag("--shortcut-kernel-sizes", type=int, nargs="+", default=[1], help="of the shortcuts, one value or one per layer")
+    flag("--kernel-sizes", type=int, nargs="+", default=[3], help="of the blocks, one for all layers or one each")
+    flag("--shortcut-kernel-sizes", type=int, nargs="+", default=[1], help="of the shortcuts, likewise")
     flag("--pool-size", type=int, help="window of the last average pooling (default: the whole map)")
     flag("--dropout", type=float, default=0.0, help="probability after each block and before the linear layer")
     flag("--block", choices=tuple(models.BLOCKS), default="basic", help="preact: arXiv 1603.05027")

@@ -288,7 +288,8 @@ class Trainer:
             part.load_state_dict(saved[name])
             if not has_form(part.state_dict(), expected):
                 raise ValueError(f"its {name} is of another kind")
-        if any(saved["scheduler"][name] != value for name, value in expected.items() if name not in COUNTERS):
+        schedule = self.scheduler.state_dict()
+        if any(saved["scheduler"][name] != schedule[name] for name in schedule.keys() - COUNTERS):
             raise ValueError("its scheduler is of another run")
         for parameter, state in self.optimizer.state.items():
             if any(value.shape not in ((), parameter.shape) for value in state.values() if value is not None):

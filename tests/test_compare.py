@@ -137,7 +137,7 @@ def test_notes_are_left_out_where_they_do_not_apply(tmp_path):
     assert compare.build_notes(runs) == []
 
 
-def test_markdown_holds_the_table_and_a_relative_link(tmp_path, capsys):
+def test_markdown_holds_the_table_and_a_relative_link(tmp_path):
     folder = make_run(tmp_path, "a|b", [90.0])
     (tmp_path / "docs").mkdir()
     (tmp_path / "pictures").mkdir()

@@ -89,7 +89,7 @@ def read_label(images):
     return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 11)
 
 
-def test_published_files_are_read_by_severity(tmp_path, capsys):
+def test_published_files_are_read_by_severity(tmp_path):
     write_published(tmp_path)
     sets = corruptions.find_sets(tmp_path, None)
     found = corruptions.measure(sets, read_label)

@@ -96,7 +96,7 @@ def test_offline_is_one_clear_error(tmp_path):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_an_interrupted_download_leaves_no_half_file(serve, tmp_path, monkeypatch):
+def test_an_interrupted_download_leaves_no_half_file(tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(data, "fetch", die)

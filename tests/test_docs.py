@@ -1,5 +1,7 @@
-"""The documents: every command in them is one that the program takes."""
+"""The documents: every command in them is one that the program, or a tool, takes."""
 
+import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -27,6 +29,22 @@ def test_commands_are_parsed_by_the_real_parser(line, capsys):
         options.parse_args(arguments(line.replace('"$optimizer"', "sgd").replace('"$lr"', "0.1").replace("$seed", "0")))
     except SystemExit as exit:
         assert exit.code == 0, capsys.readouterr().err  # --help
+
+
+class Parsed(Exception):
+    """The parser has taken a command."""
+
+
+@pytest.mark.parametrize("line", sorted({line for line in COMMANDS if "python tools/" in line}))
+def test_commands_of_tools_are_parsed_by_theirs(line, monkeypatch):
+    def parse(parser, argv):
+        argparse.ArgumentParser.parse_args(parser, argv)
+        raise Parsed
+    monkeypatch.setattr(options.Parser, "parse_args", parse)
+    _, program, *words = shlex.split(line, comments=True)
+    tool = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    with pytest.raises(Parsed):
+        tool.main(words)
 
 
 def test_the_readme_names_every_flag():

@@ -72,7 +72,7 @@ def test_processes_mix_as_one_does(split, size):
             assert torch.equal(torch.cat([part[i] for part in together]), whole[i])
 
 
-def test_loss_and_hits_share_between_two_labels(monkeypatch):
+def test_loss_and_hits_share_between_two_labels():
     trainer = object.__new__(train.Trainer)
     trainer.device, trainer.precision = torch.device("cpu"), "fp32"
     trainer.criterion = torch.nn.CrossEntropyLoss(reduction="sum")

@@ -181,7 +181,7 @@ def test_two_processes_that_only_one_is_told_to_stop(small_data, tmp_path):
     assert len(read(tmp_path / "stopped")["rng"]) == 2
 
 
-def test_another_number_of_processes_is_told(run, tmp_path, capsys, monkeypatch):
+def test_another_number_of_processes_is_told(run, tmp_path, capsys):
     run_and_stop(run, "middle")
     checkpoint = torch.load(tmp_path / "stopped" / "last.pt")
     sums = checkpoint["totals"]["sums"][0]

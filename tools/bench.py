@@ -115,7 +115,7 @@ def build_paper(flags: tuple[str, ...], folder: Path) -> Trainer:
         for index in (0, 1, 0):  # the published loop reads the loss, the hits, and the loss again
             trainer.totals[index].item()
     with mock.patch.object(devices, "keep_freed_memory"):  # PyTorch does not do so by itself
-        trainer = build([*flags, "--loader", "workers", "--workers", str(os.cpu_count()), "--precision", "fp32",
+        trainer = build([*flags, "--loader", "workers", "--workers", str(data.count_cores()), "--precision", "fp32",
                          "--no-compile"], folder, "paper")
     trainer.model.to(memory_format=torch.contiguous_format)
     for group in trainer.optimizer.param_groups:
@@ -240,7 +240,7 @@ def measure_scaling(rows: Rows, program: Trainer, counts: Counts) -> None:
 
 def measure_loaders(rows: Rows, program: Trainer, counts: Counts) -> None:
     """Measure the loaders alone."""
-    ours, workers = program.loader, os.cpu_count()
+    ours, workers = program.loader, data.count_cores()
     split = data.Split(ours.images.cpu(), ours.targets.cpu(), [])
     alone, several = (data.WorkersLoader(split, ours.batch_size, ours.device, 0, workers=n) for n in (0, workers))
     loaders = {"device loader": (ours, len(ours)), "torchvision in one process": (alone, counts.loader_steps),
@@ -308,11 +308,11 @@ def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[st
     rows.add("command to the end of the first step, without compile, s", *starts)
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     cpu = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
-    return {"device": f"{devices.describe(program.device)}; {os.cpu_count()} cores of {cpu}",
+    return {"device": f"{devices.describe(program.device)}; {data.count_cores()} cores of {cpu}",
             "torch": f"{torch.__version__}, Python {platform.python_version()}",
             "date": time.strftime("%Y-%m-%d %H:%M"),
             PROGRAM: f"{program.environment()}, {torch.get_num_threads()} threads",
-            PAPER: f"{published}, {os.cpu_count()} worker processes",
+            PAPER: f"{published}, {data.count_cores()} worker processes",
             "counts": ", ".join(f"{name} {value}" for name, value in counts._asdict().items())}, rows
 
 

@@ -20,8 +20,7 @@ from options import Parser
 from utils import UserError, say, write_text
 
 # Settings of where and how often, which change no figure; and those that have a column of their own.
-PLACES = {"name", "checkpoint_dir", "data_dir", "download", "workers", "overwrite", "save_minutes", "log_interval",
-          "resume", "summary", "evaluate", "predict", "checkpoint", "output", "max_params"}
+PLACES = {"name", "checkpoint_dir", "data_dir", "download", "workers", "save_minutes", "log_interval", "max_params"}
 OWN_COLUMN = {"seed", "epochs"}
 FOUND_OUT = {"device", "precision", "compile", "processes"}  # results.json has what "auto" came to
 FIGURES = {"last (%)": ("last_accuracy", ".2f"), "best (%)": ("best_accuracy", ".2f"),
