@@ -123,13 +123,13 @@ def to_input(images: Tensor, normalize: bool = True) -> Tensor:
     Returns:
         (N, 3, 32, 32) float32, channels last in memory.
     """
-    inputs = images.permute(0, 3, 1, 2).float().div_(255)
+    mean, std, largest = _constants(images.device)
+    inputs = images.permute(0, 3, 1, 2).float().div_(largest)  # by a number, CUDA would multiply by 1 / 255
     if normalize:
-        mean, std = _constants(images.device)
         inputs.sub_(mean).div_(std)
     return inputs
 
 
 @cache  # a copy to a GPU at every batch would wait for it
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in (MEAN, STD, (255.0,)))

@@ -36,7 +36,7 @@ SYNTHETIC_FOLDER = "synthetic-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILES = ("test_batch",)
 META_FILE = "batches.meta"
-BATCHES_PER_BLOCK = 8  # TrivialAugment has 14 operations to launch: once for a block of batches
+BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger operations to launch
 SPLIT_SEED = 20090408  # of --val-size alone, so that runs with different --seed hold out the same images
 
 
@@ -284,8 +284,8 @@ class DeviceLoader(Loader):
 
     def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         on_device = augment.Draws(*(field.to(self.device) for field in draws))  # once an epoch: some megabytes
-        per_block, start = BATCHES_PER_BLOCK if self.trivial else 1, 0
-        for block in (sizes[i:i + per_block] for i in range(0, len(sizes), per_block)):
+        start = 0
+        for block in (sizes[i:i + BATCHES_PER_BLOCK] for i in range(0, len(sizes), BATCHES_PER_BLOCK)):
             rows = slice(start, start + sum(block))
             chosen, start = on_device.rows(rows), rows.stop
             images = augment.crop_and_flip(self.images, chosen) if self.augment else self.images[chosen.index]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch._inductor.config
 
 from utils import UserError
 
@@ -60,6 +61,7 @@ def set_up_backend(device: torch.device, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
     torch.use_deterministic_algorithms(deterministic)
+    torch._inductor.config.deterministic = deterministic  # or it times reductions, which add in different orders
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cpu":

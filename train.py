@@ -130,7 +130,8 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
     if args.init and checkpoint is None:
         load_weights(model, processes.first_do(lambda: load_checkpoint(args.init)["model"]), args.init)
     train, val, test = load_data(args, processes)
-    test = test._replace(images=test.images.to(device), targets=test.targets.to(device))
+    val, test = (split and split._replace(images=split.images.to(device), targets=split.targets.to(device))
+                 for split in (val, test))
     if checkpoint is None:
         processes.first_do(lambda: start_folder(args, folder))
     torch.manual_seed(args.seed + processes.rank)  # dropout differs between processes

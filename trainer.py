@@ -73,6 +73,7 @@ class Trainer:
                                          args.weight_decay)
         self.scheduler = build_scheduler(self.optimizer, args.scheduler, len(loader), args.epochs, args.warmup_epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=device))  # makes its tensors: a resumed step may have no image here
         self.epoch = self.step = 0  # epochs completed, and steps completed in the running one
         self.totals = self.no_totals()
         self.seconds = 0.0  # of training, in the running epoch
@@ -113,16 +114,19 @@ class Trainer:
         return loss, (logits.argmax(1) == targets).sum()
 
     def compile(self) -> None:
-        """Compile forward and loss, and try them on a batch of zeros that leaves no trace."""
+        """Compile forward and loss, and try them on zeros, of a batch's size and of the last one's; no trace stays."""
         def probe(function: Callable) -> None:
-            part = self.loader.part(0)
-            inputs = torch.zeros(part.stop - part.start, 3, 32, 32, device=self.device)
-            targets = torch.zeros(len(inputs), dtype=torch.int64, device=self.device)
-            mixed = (targets, torch.ones((), device=self.device)) if self.args.mixup or self.args.cutmix else ()
             buffers = [buffer.clone() for buffer in self.model.buffers()]
             state = get_random_state(self.device)
+            sizes = {len(self.loader.part(step)) for step in (0, len(self.loader) - 1)} - {0}
             try:
-                function(inputs.contiguous(memory_format=torch.channels_last), targets, *mixed)[0].backward()
+                for size in sorted(sizes, reverse=True):
+                    inputs = torch.zeros(size, 3, 32, 32, device=self.device)
+                    targets = torch.zeros(size, dtype=torch.int64, device=self.device)
+                    # a copy as the partners' targets: the same tensor twice would be compiled as just that
+                    mixed = (targets.clone(), targets.new_ones((), dtype=torch.float32))
+                    function(inputs.contiguous(memory_format=torch.channels_last), targets,
+                             *(mixed if self.args.mixup or self.args.cutmix else ()))[0].backward()
             finally:
                 set_random_state(state, self.device)
                 self.optimizer.zero_grad()
@@ -174,10 +178,10 @@ class Trainer:
                   disable=None if self.processes.is_first else True) as bar:
             for batch in self.loader.epoch(self.epoch, self.step):
                 self.train_step(*batch)
-                self.seconds = time.perf_counter() - start
-                if self.step % self.args.log_interval == 0 or self.step == steps or self.device.type == "cpu":
-                    self.look(bar)
                 stop, save = self.agree(signals)
+                if (stop or save or self.step % self.args.log_interval == 0 or self.step == steps
+                        or self.device.type == "cpu"):
+                    self.look(bar, start)
                 if save or stop:
                     self.save()
                     start = time.perf_counter() - self.seconds  # saving is no training
@@ -185,14 +189,15 @@ class Trainer:
                     return stop
         return None
 
-    def look(self, bar: tqdm) -> None:
-        """Read the running sums, which waits for the device; show them, and stop a run that has diverged.
+    def look(self, bar: tqdm, start: float) -> None:
+        """Read the running sums, and the time since the start; show them, and stop a run that has diverged.
 
         Raises:
             RunError: The loss is no longer finite.
         """
         count = min(self.step * self.loader.batch_size, len(self.loader.targets))
-        loss, hits = (self.totals * self.processes.size / count).tolist()
+        loss, hits = (self.totals * self.processes.size / count).tolist()  # waits for the device
+        self.seconds = time.perf_counter() - start  # now that all steps are done, and not only begun
         bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{100 * hits:.2f}%", lr=f"{self.lr:.4g}",
                         images_s=f"{count / self.seconds:.0f}", refresh=False)
         bar.update(self.step - bar.n)

@@ -110,10 +110,12 @@ def test_deterministic_asks_torch_for_it(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     try:
         devices.set_up_backend(CUDA, deterministic=True)
+        assert torch._inductor.config.deterministic
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
         assert devices.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         devices.set_up_backend(CUDA, deterministic=False)
+    assert not torch._inductor.config.deterministic
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
 
 
@@ -191,6 +193,7 @@ def test_compile_is_tried_on_what_a_step_has(monkeypatch, set_up, flags):
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *args: calls.append(args) or function(*args))
     trainer = set_up(*flags, "--compile")
     trainer.train_step(*next(trainer.loader.epoch(0)))
+    assert all(call[1] is not call[-2] for call in calls if flags)  # one tensor twice would be another program
     tried, done = ([(value.shape, value.dtype, value.stride()) for value in call] for call in calls)
     assert tried == done and len(done) == (4 if flags else 2)
 

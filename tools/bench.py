@@ -118,6 +118,8 @@ def build_paper(flags: tuple[str, ...], folder: Path) -> Trainer:
         trainer = build([*flags, "--loader", "workers", "--workers", str(data.count_cores()), "--precision", "fp32",
                          "--no-compile"], folder, "paper")
     trainer.model.to(memory_format=torch.contiguous_format)
+    for state in trainer.optimizer.state.values():  # with other strides torch would step tensor by tensor
+        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
     for group in trainer.optimizer.param_groups:
         group["fused"] = None  # as PyTorch leaves it
     trainer.train_step = step
@@ -227,6 +229,9 @@ def start_seconds(flags: Sequence[str], folder: Path) -> float:
 
 def measure_scaling(rows: Rows, program: Trainer, counts: Counts) -> None:
     """Measure what ten times as many images change."""
+    if program.device.type == "cuda":  # cuDNN's trials took more than a step does
+        torch.cuda.reset_peak_memory_stats(program.device)
+        whole_rate(program, counts.steps)
     before, once = peak_memory(program.device), program.loader
     images = 10 * (counts.train_images // once.batch_size) * once.batch_size  # no last batch of a size to compile for
     ten = data.DeviceLoader(random_split(images), once.batch_size, program.device, seed=0)
