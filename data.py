@@ -27,7 +27,7 @@ import augment
 import batches
 import synthetic
 import trivial_augment
-from utils import Processes, UserError
+from utils import SIGNALS, Processes, UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -51,32 +51,23 @@ class Split(NamedTuple):
 # --- folders and files -----------------------------------------------------------------------------------------------
 
 
-def find_folder(data_dir: str) -> Path | None:
-    """Find the folder of the batch files: below `data_dir`, or that folder itself."""
+def prepare_folder(data_dir: str, use_synthetic: bool, download: bool, files: Sequence[str]) -> Path:
+    """Find the folder of the batch files, below `data_dir` or that folder itself; download or draw them if need be.
+
+    Raises:
+        UserError: They are not there, and cannot be had.
+    """
     root = Path(data_dir)
+    if use_synthetic:
+        synthetic.write(root / SYNTHETIC_FOLDER, files)
+        return root / SYNTHETIC_FOLDER
     for folder in (root / FOLDER, root):
         if any((folder / name).exists() for name in TRAIN_FILES + TEST_FILES):
             return folder
-    return None
-
-
-def prepare_folder(data_dir: str, use_synthetic: bool, download: bool, files: Sequence[str]) -> Path:
-    """Make sure that the batch files are there, by downloading or drawing them if need be.
-
-    Raises:
-        UserError: They are not, and cannot be had.
-    """
-    if use_synthetic:
-        folder = Path(data_dir) / SYNTHETIC_FOLDER
-        synthetic.write(folder, files)
-        return folder
-    folder = find_folder(data_dir)
-    if folder is None and download:
-        folder = download_archive(Path(data_dir))
-    if folder is None:
-        raise UserError(f"no CIFAR-10 in {data_dir}: expected a folder {FOLDER} with {TRAIN_FILES[0]} and so on; "
-                        "leave out --no-download to fetch it, or try --synthetic")
-    return folder
+    if download:
+        return download_archive(root)
+    raise UserError(f"no CIFAR-10 in {data_dir}: expected a folder {FOLDER} with {TRAIN_FILES[0]} and so on; "
+                    "leave out --no-download to fetch it, or try --synthetic")
 
 
 def load_split(data_dir: str, files: Sequence[str], use_synthetic: bool, download: bool, limit: int | None) -> Split:
@@ -366,6 +357,5 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def ignore_signals(_: int) -> None:
     """Leave a job's signals to the main process, which finishes its step and then ends the workers."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

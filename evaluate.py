@@ -21,7 +21,7 @@ import models
 import options
 import plots
 from augment import SIZE, to_input
-from utils import Processes, UserError, check_weights, load_checkpoint, load_weights, say, write_text
+from utils import Processes, UserError, check_weights, load_checkpoint, say, write_text
 
 BATCH_SIZE = 1000
 CPU_BATCH_SIZE = 125  # a third faster there: what a layer leaves stays in the caches for the next one
@@ -142,13 +142,11 @@ def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | N
     weights = checkpoint.get("ema") or checkpoint["model"]  # the former of a last.pt
     try:
         with torch.device("meta"):  # where a network takes no memory, however large the file says that it is
-            check_weights(models.SEResNet(**options.model_args({**given, **saved})), weights, path)
+            model = models.SEResNet(**options.model_args({**given, **saved}))
     except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, for sizes beyond its integers
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
-    model = models.build_model(**options.model_args({**given, **saved}), max_params=0)
-    load_weights(model, weights, path)
+    check_weights(model, weights, path)
+    model.to_empty(device=device).load_state_dict(weights)
     info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
             "normalize": saved.get("normalize", given.get("normalize", True)), "args": saved}
     return model.to(device, memory_format=torch.channels_last).eval(), info

@@ -232,14 +232,12 @@ def describe(trainer: Trainer) -> str:
 def describe_results(results: dict[str, Any], folder: RunFolder) -> str:
     """Say how a run ended, and how its best epoch was picked."""
     last, best, test = (results[f"{name}_accuracy"] for name in ("last", "best", "test"))
-    if results["picked_by"] == "validation":
-        lines = [f"last validation accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})",
-                 f"test accuracy of best.pt {test:.2f} %; the test set was looked at this once"]
-    else:
-        lines = [f"last test accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})",
-                 "the test set picked the best epoch, as in the paper, and so flatters it; --val-size picks without it"]
-    return "\n".join([*lines, f"{results['minutes']:.1f} minutes, {results['images_per_second']:.0f} images/s; "
-                      f"weights, metrics and pictures in {folder.path}"])
+    note = ("the test set picked the best epoch, as in the paper, and so flatters it; --val-size picks without it"
+            if results["picked_by"] == "test" else
+            f"test accuracy of best.pt {test:.2f} %; the test set was looked at this once")
+    return (f"last {results['picked_by']} accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})\n"
+            f"{note}\n{results['minutes']:.1f} minutes, {results['images_per_second']:.0f} images/s; "
+            f"weights, metrics and pictures in {folder.path}")
 
 
 def resume_command(folder: RunFolder, processes: Processes) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import platform
+import statistics
 import sys
 import time
 from argparse import Namespace
@@ -288,12 +289,12 @@ class Trainer:
         """
         self.check_progress(saved)
         load_weights(self.model, saved["model"], self.folder.path)
+        schedule = self.scheduler.state_dict()
         for part, name in ((self.optimizer, "optimizer"), (self.scheduler, "scheduler")):
             expected = part.state_dict()
             part.load_state_dict(saved[name])
             if not has_form(part.state_dict(), expected):
                 raise ValueError(f"its {name} is of another kind")
-        schedule = self.scheduler.state_dict()
         if any(saved["scheduler"][name] != schedule[name] for name in schedule.keys() - COUNTERS):
             raise ValueError("its scheduler is of another run")
         for parameter, state in self.optimizer.state.items():
@@ -386,8 +387,7 @@ class Trainer:
                 "picked_by": SPLIT_NAMES[self.kind],
                 "test_accuracy": evaluate.score(self.logits, test.targets)["accuracy"],
                 "test_weights": {"val": "best", "test": "last"}[self.kind], "epochs": self.epoch, "minutes": minutes,
-                "images_per_second": self.epoch * len(self.loader.targets) / sum(
-                    len(self.loader.targets) / row["images_per_second"] for row in self.history),
+                "images_per_second": statistics.harmonic_mean(row["images_per_second"] for row in self.history),
                 "parameters": count_parameters(self.model),
                 **evaluate.report(self.logits, test.targets, test.classes),
                 **self.environment(), "device": devices.describe(self.device),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as tv
+from torchvision.transforms.v2.functional import equalize  # the older one loops over the images
 
 SIZE = 32
 BINS = 31
@@ -82,8 +83,9 @@ def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     dropped = (8 - bits).round_().to(torch.uint8)
     parts = [_move(moved, sources.index_select(0, code[:sizes[0]])),
              _blend(blended, _others(blended, counts[6:10]), share), posterized >> dropped << dropped,
-             torch.where(solarized >= threshold, 255 - solarized, solarized), _autocontrast(stretched),
-             _equalize(equalized)]
+             torch.where(solarized >= threshold, 255 - solarized, solarized),
+             tv.autocontrast(stretched.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
+             equalize(equalized.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)]
     return torch.cat(parts).index_select(0, back)
 
 
@@ -111,20 +113,3 @@ def _others(images: Tensor, counts: list[int]) -> Tensor:
     inner.copy_(total.add_(inner, alpha=4).div_(13).round_())
     return torch.cat([torch.zeros_like(bright, dtype=torch.float32), gray.expand(-1, -1, -1, 3),
                       flat.mean((1, 2, 3), True).expand(-1, SIZE, SIZE, 3), blurred])
-
-
-def _autocontrast(images: Tensor) -> Tensor:
-    low, high = images.amin((1, 2), keepdim=True), images.amax((1, 2), keepdim=True)
-    stretched = (images - low) * (255 / (high - low).clamp(min=1))  # at most 255.00002: nothing to clamp
-    return torch.where(low < high, stretched.to(torch.uint8), images)
-
-
-def _equalize(images: Tensor) -> Tensor:
-    first = torch.arange(3 * len(images), device=images.device).view(-1, 1, 1, 3) * 256  # a histogram per channel
-    index = (images + first).view(-1)
-    histogram = index.new_zeros(len(images) * 3 * 256).scatter_add_(0, index, torch.ones_like(index)).view(-1, 256)
-    upto = histogram.cumsum(1)
-    step = torch.where(upto < PIXELS, upto, 0).amax(1, keepdim=True) // 255  # of the pixels below the brightest
-    table = ((upto - histogram + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
-    return table.view(-1).index_select(0, index).view_as(images)

@@ -25,6 +25,8 @@ RUN_FILES = ("args.json", "results.json", "curves.png", "confusion.png", "mistak
 MAX_PICKLE_BYTES = 16 * 2**20  # of a checkpoint without its tensors; 200 epochs have 0.1 MB
 PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
                 *(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Byte Bool".split())}
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+           if hasattr(signal, name)]  # Windows has no SIGUSR1
 
 
 class UserError(ValueError):
@@ -355,19 +357,17 @@ class Processes(NamedTuple):
         Returns:
             What the action returned on the first process, on every process.
         """
-        outcome = None
+        outcome = [None, None]  # value, error
         if self.is_first:
             try:
-                outcome = ("value", action())
+                outcome[0] = action()
             except UserError as error:
-                outcome = ("error", str(error))
+                outcome[1] = str(error)
         if self.size > 1:
-            outcomes = [outcome]
-            dist.broadcast_object_list(outcomes, src=0)
-            outcome = outcomes[0]
-        kind, value = outcome
-        if kind == "error":
-            raise UserError(value)
+            dist.broadcast_object_list(outcome, src=0)
+        value, error = outcome
+        if error is not None:
+            raise UserError(error)
         return value
 
 
@@ -400,13 +400,9 @@ class Signals:
         self.stop: int | None = None  # the signal that asked to stop
         self.save = False
         self._time = 0.0
-        self._before = {}
 
     def __enter__(self) -> "Signals":
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
-                self._before[number] = signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
