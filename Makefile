@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo train test test-slow lint bench clean
 
 demo: .venv/requirements  ## train on generated images; no download, about two minutes
-	$(BIN)/python train.py @recipes/demo.txt
+	$(BIN)/python train.py @recipes/demo.txt --overwrite
 
 train: .venv/requirements  ## the paper's recipe on CIFAR-10
 	$(BIN)/python train.py --resume auto

@@ -20,6 +20,7 @@ import numpy as np
 from utils import UserError, write_atomically
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BATCH_FILE = "a whole CIFAR-10 batch file of the python version: copy or download it again"
 MAX_BYTES = 128 * 2**20  # 43,000 images; the official files have 31 MB
 MAX_OPCODES = 500_000  # 40,000 images with NumPy scalars as labels; the official files have 30,000
 ALLOWED = frozenset({
@@ -176,7 +177,7 @@ def _show(value: object) -> str:
 
 
 @contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
+def _explained(path: str | Path, expected: str = BATCH_FILE) -> Iterator[None]:
     """Turn what a bad file raises into a UserError of one line."""
     try:
         yield
@@ -184,8 +185,7 @@ def _explained(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
         damage = f"found a truncated or damaged pickle ({type(error).__name__}: {str(error)[:100]})"
-        raise UserError(f"{path}: {error if isinstance(error, UserError) else damage}; expected a whole CIFAR-10 batch "
-                        "file of the python version: copy or download it again") from error
+        raise UserError(f"{path}: {error if isinstance(error, UserError) else damage}; expected {expected}") from error
 
 
 def _read(path: str | Path, *keys: str) -> dict:
@@ -239,7 +239,7 @@ def read_labelled(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_unlabelled(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Read images to predict, and their ids (N,) int64 if the file has any; see `read_labelled`."""
-    with _explained(path):
+    with _explained(path, "a pickle of images like CIFAR-10's batch files, or a picture named .png, .jpg or .jpeg"):
         batch = _read(path, "data")
         images = _images(batch["data"])
         return images, _integers(batch["ids"], "ids", len(images)) if "ids" in batch else None

@@ -4,6 +4,7 @@ CIFAR-10 is from Learning Multiple Layers of Features from Tiny Images, A. Krizh
 """
 
 import hashlib
+import http.client
 import itertools
 import multiprocessing
 import os
@@ -59,7 +60,11 @@ def prepare_folder(data_dir: str, use_synthetic: bool, download: bool, files: Se
     """
     root = Path(data_dir)
     if use_synthetic:
-        synthetic.write(root / SYNTHETIC_FOLDER, files)
+        try:
+            synthetic.write(root / SYNTHETIC_FOLDER, files)
+        except OSError as error:
+            raise UserError(f"generated images cannot be written to {root / SYNTHETIC_FOLDER} ({error.strerror}); "
+                            "choose another --data-dir") from error
         return root / SYNTHETIC_FOLDER
     for folder in (root / FOLDER, root):
         if any((folder / name).exists() for name in TRAIN_FILES + TEST_FILES):
@@ -141,8 +146,12 @@ def download_archive(data_dir: Path, url: str = URL, md5: str = MD5) -> Path:
                 raise UserError(f"the archive from {url} has MD5 {found}, expected {md5}; try again later")
             folder.mkdir()
             unpack(archive, folder)
-            os.replace(folder, data_dir / FOLDER)
-    except OSError as error:  # urllib's URLError is one, too
+            try:
+                os.replace(folder, data_dir / FOLDER)
+            except OSError:
+                if not (data_dir / FOLDER / META_FILE).exists():  # else another process was faster
+                    raise
+    except (OSError, http.client.HTTPException) as error:  # urllib's URLError is an OSError, too
         reason = getattr(error, "reason", None) or error
         raise UserError(f"CIFAR-10 cannot be fetched from {url} ({reason}); put its batch files into "
                         f"{data_dir / FOLDER} by hand, or try --synthetic") from error

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch._inductor.config
 
-from utils import UserError
+from utils import UserError, warn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -104,5 +104,5 @@ def compile_or_warn(function: Callable, device: torch.device, probe: Callable[[C
         return compiled
     except Exception as error:  # whatever Dynamo, Inductor, Triton or a missing C compiler may raise
         reason = (str(error).strip().splitlines() or [""])[0][:120]
-        print(f"warning: torch.compile failed ({type(error).__name__}: {reason}); going on without it", file=sys.stderr)
+        warn(f"torch.compile failed ({type(error).__name__}: {reason}); going on without it")
         return function

@@ -158,7 +158,7 @@ def add_mode_flags(group: Any) -> None:
     flag("--predict", nargs="+", metavar="FILE", help="label pickled images, or PNG/JPEG files or folders of them")
     flag("--checkpoint", metavar="FILE", help="weights for --evaluate and --predict")
     flag("--output", metavar="PATH", help="CSV file of --predict, or folder of --evaluate's pictures")
-    flag("--tta", action="store_true", help="average over the mirror image, for --evaluate and --predict")
+    on_off(group, "--tta", False, "average over the mirror image, for --evaluate and --predict")
 
 
 def on_off(group: Any, name: str, default: bool, text: str) -> None:
@@ -174,12 +174,15 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, 
     """
     parser = get_parser()
     defaults = vars(parser.parse_args([]))
-    found = parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, _NOT_GIVEN)))
+    try:
+        found = parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, _NOT_GIVEN)))
+    except (ValueError, RecursionError) as error:  # argparse's own mistakes end the program before
+        parser.error(f"a file given as @FILE holds no flags ({error})")
     given = {name: value for name, value in vars(found).items() if value is not _NOT_GIVEN}
     args = Namespace(**{**defaults, **given})
     try:
         check_modes(args, given)
-        if args.resume is None or args.resume == "auto":
+        if args.resume is None:  # or there may be a checkpoint that says more
             check_training(args, given)
     except UserError as error:
         parser.error(str(error))

@@ -4,7 +4,6 @@ matplotlib is imported inside the functions: it takes a second, which must not s
 `Figure` is used, never pyplot, so that no window, backend or global setting is touched.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def safely(draw: Callable[..., Any], *args: Any) -> None:
         draw(*args)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"warning: {draw.__name__} drew no picture ({reason})", file=sys.stderr)
+        utils.warn(f"{draw.__name__} drew no picture ({reason})")
 
 
 def new_figure(width: float, height: float):

@@ -20,6 +20,7 @@ import device as devices
 import evaluate
 import models
 import options
+import predict
 from trainer import SPLIT_NAMES, RunError, Trainer, saved_args
 from utils import (
     Processes,
@@ -32,6 +33,7 @@ from utils import (
     load_weights,
     say,
     start_processes,
+    warn,
     write_text,
 )
 
@@ -40,14 +42,17 @@ def open_run(args: Namespace) -> tuple[RunFolder, Path | None]:
     """Turn `--name` and `--resume` into a run folder, and the one file of it that is asked for, if any.
 
     Raises:
-        UserError: `--resume PATH` is not there.
+        UserError: `--resume PATH` is none of a run.
     """
     if args.resume in (None, "auto", "last"):
         return RunFolder(Path(args.checkpoint_dir) / args.name), None
     path = Path(args.resume)
-    if not path.exists():
-        raise UserError(f"--resume {path}: there is no such run folder or checkpoint")
-    return (RunFolder(path), None) if path.is_dir() else (RunFolder(path.parent), path)
+    if path.is_dir():
+        return RunFolder(path), None
+    if not path.exists() or path.name not in ("last.pt", "previous.pt"):
+        raise UserError(f"--resume {path}: there is no such run folder, or last.pt or previous.pt of one; for the "
+                        "weights of another file use --init")
+    return RunFolder(path.parent), path
 
 
 def find_checkpoint(args: Namespace, folder: RunFolder, file: Path | None) -> dict[str, Any] | None:
@@ -56,23 +61,22 @@ def find_checkpoint(args: Namespace, folder: RunFolder, file: Path | None) -> di
     Raises:
         UserError: The folder holds a run, or none, or a damaged one, or is in use.
     """
-    if args.resume is None:
+    if args.resume is None or (args.resume == "auto" and not folder.holds_checkpoint()):
         refuse_overwriting(args, folder)
-    if args.resume is None or (args.resume == "auto" and not folder.holds_run()):
         return None
-    if not folder.holds_run():
+    if not folder.holds_checkpoint():
         load_run(folder, file)  # says so, before the lock leaves a file in a folder that is no run's
     folder.open()
     checkpoint, path, errors = load_run(folder, file)
     if errors:
-        print(f"warning: {errors[0]}; going on from {path}", file=sys.stderr)
-    if path.name != folder.last.name and folder.last.exists():
-        os.replace(folder.last, folder.path / "replaced.pt")  # or the next save would move it over the good one
+        warn(f"{errors[0]}; going on from {path}")
+    folder.last_is_good = path.name == folder.last.name
     if checkpoint["best_accuracy"] is not None:
         try:
-            load_checkpoint(folder.best)
+            if not {"epoch", "accuracy"} <= load_checkpoint(folder.best).keys():
+                raise UserError(f"{folder.best} is of no run")
         except UserError as error:
-            print(f"warning: {error}; the best epoch is looked for from here on", file=sys.stderr)
+            warn(f"{error}; the best epoch is looked for from here on")
             checkpoint["best_accuracy"] = None
     return checkpoint
 
@@ -115,10 +119,11 @@ def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tupl
         UserError: Something is not as it must be.
     """
     folder, file = open_run(args)
-    if args.resume in (None, "auto"):
-        build_model(args)  # before any file is touched
     checkpoint = processes.first_do(lambda: find_checkpoint(args, folder, file))
-    if checkpoint is not None:
+    if checkpoint is None:
+        options.check_training(args, given)
+        build_model(args)  # before any file is touched
+    else:
         args = options.merge_resumed(args, given, checkpoint["args"])
     device = devices.pick_device(args.device, processes.local_rank)
     devices.set_up_backend(device, args.deterministic)
@@ -153,9 +158,15 @@ def refuse_overwriting(args: Namespace, folder: RunFolder) -> None:
     Raises:
         UserError: There is one, and no `--overwrite`.
     """
-    if folder.holds_run() and not args.overwrite:
+    if args.overwrite:
+        return
+    if folder.holds_checkpoint():
         raise UserError(f"{folder.path} holds a run; go on with it by --resume, replace it by --overwrite, "
                         "or choose another --name")
+    # a run that was killed in its first save leaves best.pt alone: what starts by --resume auto starts again
+    if folder.holds_run() or (args.resume is None and folder.best.exists()):
+        raise UserError(f"{folder.path} holds what is left of a run, and no checkpoint to go on from; replace it by "
+                        "--overwrite, or choose another --name")
 
 
 def start_folder(args: Namespace, folder: RunFolder) -> None:
@@ -186,6 +197,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
     """Train a run, new or resumed, to its end or to a signal; return the exit status."""
     if hasattr(signal, "SIGUSR1"):  # outside the loop there is nothing to save, and nothing to die of
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # a half download is cleaned up
     trainer, test = set_up(args, given, start_processes())
     with contextlib.closing(trainer.folder):
         return train_to_end(trainer, test)
@@ -199,18 +211,26 @@ def train_to_end(trainer: Trainer, test: data.Split) -> int:
     with Signals(quiet=not processes.is_first) as signals, contextlib.closing(trainer.loader):
         while trainer.epoch < trainer.args.epochs:
             if stop := trainer.train_epoch(signals):
-                if processes.is_first:
-                    say(f"stopped in epoch {trainer.epoch + 1} after step {trainer.step}, all saved; go on with: "
-                        f"{resume_command(trainer.folder, processes)}")
-                return 128 + stop
+                return say_stopped(trainer, stop)
             trainer.finish_epoch()
-    trainer.save()
-    results = trainer.finish(test)
-    if processes.is_first:
-        evaluate.draw_pictures(trainer.folder.path, trainer.logits, test)
-        write_text(trainer.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-        say(describe_results(results, trainer.folder))
+        trainer.save()
+        if stop := int(processes.max(torch.tensor(signals.stop or 0))):  # it came in the last evaluation
+            return say_stopped(trainer, stop)
+        results = trainer.finish(test)
+        if processes.is_first:
+            evaluate.draw_pictures(trainer.folder.path, trainer.logits, test)
+            write_text(trainer.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+            say(describe_results(results, trainer.folder))
     return 0
+
+
+def say_stopped(trainer: Trainer, stop: int) -> int:
+    """Say where a signal has stopped the run, and how to go on; return the exit status."""
+    if trainer.processes.is_first:
+        place = f"in epoch {trainer.epoch + 1} after step {trainer.step}"
+        say(f"stopped {place if trainer.epoch < trainer.args.epochs else 'after the last epoch'}, all saved; "
+            f"go on with: {resume_command(trainer.folder, trainer.processes)}")
+    return 128 + stop
 
 
 def describe(trainer: Trainer) -> str:
@@ -236,7 +256,7 @@ def describe_results(results: dict[str, Any], folder: RunFolder) -> str:
             if results["picked_by"] == "test" else
             f"test accuracy of best.pt {test:.2f} %; the test set was looked at this once")
     return (f"last {results['picked_by']} accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})\n"
-            f"{note}\n{results['minutes']:.1f} minutes, {results['images_per_second']:.0f} images/s; "
+            f"{note}\n{results['seconds'] / 60:.1f} minutes, {results['images_per_second']:.0f} images/s; "
             f"weights, metrics and pictures in {folder.path}")
 
 
@@ -263,7 +283,7 @@ def run(args: Namespace, given: dict[str, Any]) -> int:
     elif args.evaluate:
         evaluate.run_evaluate(args, given)
     elif args.predict:
-        evaluate.run_predict(args, given)
+        predict.run_predict(args, given)
     else:
         return train(args, given)
     return 0
@@ -271,23 +291,26 @@ def run(args: Namespace, given: dict[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return 0, 1 for a failed run, 2 for a user's mistake, or 128 and the signal that ended it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it, as with `2>&-`
+            setattr(sys, name, open(os.devnull, "w"))
     args, given = options.parse_args(argv)
     try:
         status = run(args, given)
     except UserError as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"train.py: error: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except (RunError, OSError, torch.OutOfMemoryError) as error:
-        print(f"train.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        say(f"train.py: error: {str(error).splitlines()[0]}", sys.stderr)
         return 1
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):  # gloo's have no type of their own
             raise
-        print(f"train.py: error: another process of this run was lost ({str(error).splitlines()[0]:.200}); what was "
-              "saved is whole, go on with --resume", file=sys.stderr)
+        say(f"train.py: error: another process of this run was lost ({str(error).splitlines()[0]:.200}); what was "
+            "saved is whole, go on with --resume", sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 130
     if dist.is_initialized():
         dist.destroy_process_group()

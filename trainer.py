@@ -3,7 +3,6 @@
 import copy
 import platform
 import statistics
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from utils import (
     save_checkpoint,
     say,
     set_random_state,
+    warn,
     write_text,
 )
 
@@ -84,6 +84,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None  # to be written with the next save
         self.logits: Tensor | None = None  # of the last evaluation
         self.drawn: dict[str, Any] | None = None  # the last row that the pictures show
+        self.ended_in: dict[str, Any] | None = None  # the environment of a run that was loaded after its last epoch
         self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
         self.kept = copy.deepcopy(model) if args.ema else model  # what is evaluated, and best.pt
         # by this part of swa_utils alone: its AveragedModel would wait for a GPU twice a step, to hand it a counter
@@ -278,7 +279,7 @@ class Trainer:
 
     def environment(self) -> dict[str, Any]:
         """Name what a continuation must share to be exact."""
-        return {"device": self.device.type, "precision": self.precision,
+        return self.ended_in or {"device": self.device.type, "precision": self.precision,
                 "compile": self.forward != self.forward_loss, "processes": self.processes.size}
 
     def load_state(self, saved: dict[str, Any]) -> None:
@@ -317,10 +318,12 @@ class Trainer:
         set_random_state(states[self.processes.rank % len(states)], self.device)
         if self.best_accuracy is None and self.history and self.step == 0:  # best.pt is damaged; this may be the end
             self.keep_best(self.history[-1][f"{self.kind}_accuracy"])
-        changed = [f"{name} {saved['environment'][name]} -> {here[name]}" for name in here
-                   if saved["environment"][name] != here[name]]
-        if changed and self.processes.is_first:
-            print(f"warning: the run goes on, but not to the bit: {', '.join(changed)}", file=sys.stderr)
+        before = {name: saved["environment"][name] for name in here}
+        changed = [f"{name} {before[name]} -> {here[name]}" for name in here if before[name] != here[name]]
+        if self.epoch == self.args.epochs:
+            self.ended_in = before
+        elif changed and self.processes.is_first:
+            warn(f"the run goes on, but not to the bit: {', '.join(changed)}")
 
     def check_progress(self, saved: dict[str, Any]) -> None:
         """Refuse a checkpoint whose counters, rows and sums are not of one run of this length.
@@ -354,7 +357,8 @@ class Trainer:
             try:
                 if self.best is not None:  # before last.pt, which says that it is there
                     save_checkpoint(self.best, self.folder.best)
-                save_checkpoint(state, self.folder.last, backup=self.folder.previous)
+                save_checkpoint(state, self.folder.last, self.folder.previous if self.folder.last_is_good else None)
+                self.folder.last_is_good = True
                 write_text(self.folder.path / "metrics.csv", format_metrics(self.history))
             except OSError as error:
                 raise RunError(f"saving to {self.folder.path} failed ({error.strerror or error}); "
@@ -374,19 +378,17 @@ class Trainer:
 
     def finish(self, test: data.Split) -> dict[str, Any]:
         """Evaluate for the last time and collect results.json; with validation, the test set is touched only here."""
+        best = self.processes.first_do(lambda: load_checkpoint(self.folder.best))
         if self.kind == "val":
-            best = self.processes.first_do(lambda: load_checkpoint(self.folder.best)["model"])
-            load_weights(self.kept, best, self.folder.best)
+            load_weights(self.kept, best["model"], self.folder.best)
             self.logits = None
         if self.logits is None:
             self.logits = self.predict(test)
-        last, accuracy = self.history[-1], f"{self.kind}_accuracy"
-        best_row = max(self.history, key=lambda row: row[accuracy])  # the first of equals
-        minutes = sum(row["seconds"] for row in self.history) / 60
-        return {"last_accuracy": last[accuracy], "best_accuracy": best_row[accuracy], "best_epoch": best_row["epoch"],
-                "picked_by": SPLIT_NAMES[self.kind],
+        return {"last_accuracy": self.history[-1][f"{self.kind}_accuracy"], "best_accuracy": best["accuracy"],
+                "best_epoch": best["epoch"], "picked_by": SPLIT_NAMES[self.kind],
                 "test_accuracy": evaluate.score(self.logits, test.targets)["accuracy"],
-                "test_weights": {"val": "best", "test": "last"}[self.kind], "epochs": self.epoch, "minutes": minutes,
+                "test_weights": {"val": "best", "test": "last"}[self.kind], "epochs": self.epoch,
+                "seconds": sum(row["seconds"] for row in self.history),
                 "images_per_second": statistics.harmonic_mean(row["images_per_second"] for row in self.history),
                 "parameters": count_parameters(self.model),
                 **evaluate.report(self.logits, test.targets, test.classes),

@@ -6,11 +6,12 @@ import io
 import os
 import pickletools
 import signal
+import sys
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ CHECKPOINT_KEYS = {"version", "model", "optimizer", "scheduler", "scaler", "epoc
                    "history", "args", "rng", "classes", "environment"}
 # What a run writes. Removed in this order, so that a kill meanwhile leaves a run that can go on, or none.
 RUN_FILES = ("args.json", "results.json", "curves.png", "confusion.png", "mistakes.png", "metrics.csv", "best.pt",
-             "replaced.pt", "previous.pt", "last.pt")
+             "previous.pt", "last.pt")
 MAX_PICKLE_BYTES = 16 * 2**20  # of a checkpoint without its tensors; 200 epochs have 0.1 MB
 PICKLE_NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
                 *(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Long Int Byte Bool".split())}
@@ -33,12 +34,18 @@ class UserError(ValueError):
     """A mistake of the user's: told in one line, without a traceback, exit status 2."""
 
 
-def say(text: str) -> None:
-    """Print and flush; a reader that has gone away, as with `| head`, must not make a run fail."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print, by default to stdout, and flush; a reader that has gone away, as with `| head`, makes no run fail."""
+    stream = stream or sys.stdout
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def warn(text: str) -> None:
+    """Say on stderr what is not as expected, in one line."""
+    say(f"warning: {text}", sys.stderr)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -77,9 +84,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically, in UTF-8."""
+    """Write a text file atomically, in UTF-8; what is no plain file, such as a pipe, is written to as it is."""
+    path = Path(os.path.realpath(path))  # a link stays one
     content = text.encode(errors="surrogateescape")  # a file's name may be no UTF-8
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+    else:
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 class RunFolder:
@@ -88,11 +99,17 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.last, self.previous, self.best = (self.path / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.last_is_good = True  # or the next save does not make it the previous one
         self._lock = None
+
+    def holds_checkpoint(self) -> bool:
+        """Tell whether there is something to go on from."""
+        return any(os.path.exists(path) for path in (self.last, self.previous))  # False also for impossible names
 
     def holds_run(self) -> bool:
         """Tell whether there is something that a new run would write over."""
-        return any(path.exists() for path in (self.last, self.previous, self.path / "metrics.csv"))
+        return self.holds_checkpoint() or any(
+            os.path.exists(self.path / name) for name in ("metrics.csv", "results.json"))
 
     def open(self) -> None:
         """Make the folder, take its lock, and clean up after a killed run.
@@ -168,7 +185,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; give a file such as checkpoints/NAME/best.pt")
+        raise UserError(f"checkpoint {path} is not there, or no file; give one such as checkpoints/NAME/best.pt")
     try:
         with open(path, "rb") as file:
             with zipfile.ZipFile(file) as archive:
@@ -356,6 +373,9 @@ class Processes(NamedTuple):
 
         Returns:
             What the action returned on the first process, on every process.
+
+        Raises:
+            UserError, on the others SystemExit: The action made a UserError.
         """
         outcome = [None, None]  # value, error
         if self.is_first:
@@ -367,7 +387,7 @@ class Processes(NamedTuple):
             dist.broadcast_object_list(outcome, src=0)
         value, error = outcome
         if error is not None:
-            raise UserError(error)
+            raise UserError(error) if self.is_first else SystemExit(2)  # one of them tells it
         return value
 
 

@@ -190,7 +190,7 @@ def test_a_missing_file_and_a_folder(run, tmp_path):
 def test_best_weights_cannot_be_resumed(good, run):
     status, text = run("--resume", str(good / "best.pt"))
     assert_one_line(status, text, good / "best.pt")
-    assert "use --init for its weights alone" in text
+    assert "for the weights of another file use --init" in text
 
 
 # --- files that would take all memory or time ------------------------------------------------------------------------

@@ -174,8 +174,19 @@ def test_mistakes_in_files(data_dir, capsys, tmp_path):
     (tmp_path / "file").write_text("no folder")
     assert "cannot be written" in mistake(capsys, *runs, "--checkpoint-dir", tmp_path / "file")
     assert "not a checkpoint" in mistake(capsys, "--evaluate", "--checkpoint", tmp_path / "file")
-    assert "does not exist" in mistake(capsys, "--evaluate", "--checkpoint", tmp_path / "nothing.pt")
+    assert "is not there, or no file" in mistake(capsys, "--evaluate", "--checkpoint", tmp_path / "nothing.pt")
     assert "not a checkpoint" in mistake(capsys, *runs, "--init", tmp_path / "file", "--name", "b")
+    assert "choose another --data-dir" in mistake(capsys, *runs, "--data-dir", tmp_path / "file", "--name", "b")
+    assert "File name too long" in mistake(capsys, *runs, "--name", "b" * 300)
+    for content in (b"--name bob's\n", b"\x80\x04\xff", f"@{tmp_path / 'flags'}".encode()):
+        (tmp_path / "flags").write_bytes(content)
+        assert "@FILE holds no flags" in mistake(capsys, f"@{tmp_path / 'flags'}")
+
+
+def test_closed_output_is_no_mistake(run_train, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_train("--epochs", "1") == 0
 
 
 def test_a_reader_that_leaves_early_is_no_error():

@@ -1,15 +1,19 @@
 """tools/compare.py: the table's numbers by hand, runs in every state, and what becomes of bad folders."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import options
 from tools import compare
+from utils import UserError
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
            "test_accuracy", "seconds", "images_per_second")
@@ -34,7 +38,7 @@ def make_run(parent, name, accuracies, finished=True, results=None, **settings):
     if finished:
         found = {"last_accuracy": accuracies[-1], "best_accuracy": max(accuracies), "best_epoch": 1,
                  "picked_by": "validation" if split == "val" else "test", "test_accuracy": accuracies[-1],
-                 "epochs": len(accuracies), "minutes": 2.0, "images_per_second": 1000.0, "device": "some GPU",
+                 "epochs": len(accuracies), "seconds": 120.0, "images_per_second": 1000.0, "device": "some GPU",
                  "precision": "bf16", "compile": True, "processes": 1, "versions": {"torch": "2.10.0"}}
         (folder / "results.json").write_text(json.dumps(found | (results or {})))
     return folder
@@ -57,7 +61,7 @@ def test_single_runs_show_what_differs_and_what_came_out(tmp_path):
 
 
 def test_runs_that_differ_only_by_seed_become_mean_and_sample_std(tmp_path):
-    folders = [make_run(tmp_path, f"sgd-{seed}", values, seed=seed, results={"minutes": minutes})
+    folders = [make_run(tmp_path, f"sgd-{seed}", values, seed=seed, results={"seconds": 60 * minutes})
                for seed, values, minutes in ((0, [91.0, 90.0], 1.0), (1, [93.0, 92.0], 2.0), (2, [98.0, 94.0], 3.0))]
     (row,) = read_table(*folders)
     assert row == {"run": "sgd-*", "seed": "0 1 2", "n": "3", "epochs": "2", "picked by": "test",
@@ -171,6 +175,27 @@ def test_picture_has_training_beside_held_out_and_one_colour_per_group(tmp_path)
 def test_names_without_a_common_start_are_listed(tmp_path):
     rows = read_table(make_run(tmp_path, "first", [50.0]), make_run(tmp_path, "second", [60.0], seed=1))
     assert rows[0]["run"] == "first, second"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.binary(max_size=8), st.integers(0, 8)), min_size=1,
+                      max_size=4))
+def test_a_mutated_csv_is_read_or_refused(tmp_path, edits):
+    folder = tmp_path / "run"
+    if not folder.exists():
+        make_run(tmp_path, "run", [50.0, 60.0])
+        shutil.copy(folder / "metrics.csv", tmp_path / "whole.csv")
+    content = (tmp_path / "whole.csv").read_bytes()
+    for place, inserted, removed in edits:
+        place %= len(content) + 1
+        content = content[:place] + inserted + content[place + removed:]
+    (folder / "metrics.csv").write_bytes(content)
+    try:
+        run = compare.read_run(folder)
+    except UserError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    else:
+        assert all(value is None or isinstance(value, float) for row in run.history for value in row.values())
 
 
 @pytest.mark.parametrize("file, text, reason", [

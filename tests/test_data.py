@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import http.client
 import http.server
 import io
 import tarfile
@@ -93,6 +94,28 @@ def test_offline_is_one_clear_error(tmp_path):
         data.download_archive(tmp_path / "data", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     line = str(error.value)
     assert "\n" not in line and str(tmp_path / "data" / data.FOLDER) in line and "--synthetic" in line
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_two_that_download_at_once_both_have_it(official, serve, tmp_path, monkeypatch):
+    archive, unpack = pack(official), data.unpack
+
+    def be_slower(*args):
+        monkeypatch.setattr(data, "unpack", unpack)
+        data.download_archive(tmp_path / "data", serve(archive), md5(archive))
+        unpack(*args)
+    monkeypatch.setattr(data, "unpack", be_slower)
+    folder = data.download_archive(tmp_path / "data", serve(archive), md5(archive))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [data.FOLDER] == [folder.name]
+    assert len(data.load_train(str(tmp_path / "data")).targets) == 100
+
+
+def test_a_server_that_speaks_no_http_is_one_clear_error(tmp_path, monkeypatch):
+    def answer(*_, **__):
+        raise http.client.BadStatusLine("SSH-2.0")
+    monkeypatch.setattr(data.urllib.request, "urlopen", answer)
+    with pytest.raises(UserError, match="SSH-2.0"):
+        data.download_archive(tmp_path / "data")
     assert list((tmp_path / "data").iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """Faults: damaged files, kills at any moment, full disks, vanished folders, two runs in one folder, divergence."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -130,9 +131,36 @@ def test_a_damaged_file_never_replaces_the_good_one_before_it(run, tmp_path, unb
         replace = os.replace
         patch.setattr(os, "replace", lambda a, b: (moves.append((a.name, b.name)), replace(a, b)))
         assert run("--resume", str(tmp_path / "run" / "previous.pt")) == 0
-    saved = [b for a, b in moves if a == "last.pt"]
-    assert saved and saved[0] != "previous.pt"
+    saved = [b for a, b in moves if b in ("last.pt", "previous.pt")]
+    assert saved[:2] == ["last.pt", "previous.pt"]  # written, and only with the next save moved
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_a_refused_resume_changes_no_file(run, tmp_path, capsys):
+    stop(run, "middle", "--save-minutes", "0")
+    before = files(tmp_path / "run")
+    assert run("--resume", str(tmp_path / "run" / "previous.pt"), "--epochs", "9") == 2
+    assert "--epochs 9" in one_error(capsys.readouterr().err)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_lost_best_is_looked_for_anew_and_named_as_what_it_is(run, tmp_path, capsys):
+    assert run("--epochs", "3", "--lr", "0.1") == 0
+    rows = read(tmp_path / "run")["history"]
+    (tmp_path / "run" / "best.pt").unlink()
+    assert run("--resume") == 0
+    found, best = json.loads((tmp_path / "run" / "results.json").read_text()), read(tmp_path / "run", "best.pt")
+    assert (found["best_epoch"], found["best_accuracy"]) == (best["epoch"], best["accuracy"])
+    assert (best["epoch"], best["accuracy"]) == (3, rows[-1]["test_accuracy"])
+    assert "the best epoch is looked for from here on" in capsys.readouterr().err
+
+
+def test_a_finished_run_keeps_the_environment_of_its_steps(run, tmp_path, capsys):
+    assert run() == 0
+    before = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert run("--resume", "--precision", "bf16") == 0 and run("--resume", "--precision", "bf16") == 0
+    assert before["precision"] == json.loads((tmp_path / "run" / "results.json").read_text())["precision"] == "fp32"
+    assert "not to the bit" not in capsys.readouterr().err
 
 
 def test_two_damaged_files_are_both_named(run, tmp_path, capsys):
@@ -199,6 +227,17 @@ def test_a_run_that_began_while_another_was_starting_is_not_removed(run, tmp_pat
     assert run() == 2
     assert "holds a run" in one_error(capsys.readouterr().err)
     assert files(tmp_path / "run") == files(unbroken)
+
+
+@pytest.mark.parametrize("left, automatic", [(["best.pt"], 0), (["best.pt", "metrics.csv"], 2), (["results.json"], 2)])
+def test_what_is_left_of_a_run_is_not_written_over(left, automatic, run, tmp_path, unbroken, capsys):
+    (tmp_path / "run").mkdir()
+    for name in left:
+        shutil.copy(unbroken / name, tmp_path / "run")
+    assert run() == 2
+    assert "what is left of a run" in one_error(capsys.readouterr().err)
+    assert sorted(files(tmp_path / "run")) == sorted(left)
+    assert run(*SMALL, "--resume", "auto") == automatic  # it may be a queue's run that was killed in its first save
 
 
 def test_overwrite_removes_the_run_and_no_other_files(run, tmp_path):

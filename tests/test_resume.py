@@ -181,6 +181,12 @@ def test_two_processes_that_only_one_is_told_to_stop(small_data, tmp_path):
     assert len(read(tmp_path / "stopped")["rng"]) == 2
 
 
+def test_workers_may_be_given_beside_resume_auto(run, tmp_path):
+    run_and_stop(run, "middle", "--loader", "workers", "--workers", "1")
+    assert run("stopped", "--resume", "auto", "--workers", "0") == 0
+    assert read(tmp_path / "stopped")["args"]["workers"] == 0
+
+
 def test_another_number_of_processes_is_told(run, tmp_path, capsys):
     run_and_stop(run, "middle")
     checkpoint = torch.load(tmp_path / "stopped" / "last.pt")

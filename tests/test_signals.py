@@ -18,12 +18,14 @@ from runs import (
     free_port,
     pause_after,
     pause_at_start,
+    pause_before,
     read,
     wait_for,
     write_data,
 )
 
 import train
+from trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
 ROOT = Path(train.__file__).parent
@@ -98,6 +100,25 @@ def test_one_signal_that_arrives_twice_is_one(paused, tmp_path):
     child.signal(signal.SIGTERM)
     (tmp_path / "marker").unlink()
     assert child.wait() == 143 and read(tmp_path / "run")["step"] == 3
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_last_evaluation_saves_and_says_how_to_go_on(number, status, paused, start, tmp_path):
+    child = paused("--epochs", "1", prepare=pause_before, args=(Trainer, "finish_epoch"))
+    child.signal(number)
+    (tmp_path / "marker").unlink()
+    assert child.wait() == status, child.output()
+    assert "stopped after the last epoch, all saved; go on with: " in child.output()
+    assert read(tmp_path / "run")["epoch"] == 1 and not (tmp_path / "run" / "results.json").exists()
+    assert start("--resume").wait() == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_sigterm_before_the_first_step_leaves_by_the_door(paused, tmp_path):
+    """What has been begun, such as a download, is cleaned up."""
+    child = paused(prepare=pause_at_start, args=())
+    child.signal(signal.SIGTERM)
+    assert child.wait() == 143, child.output()
 
 
 def test_sigusr1_saves_and_goes_on(paused, tmp_path):

@@ -54,7 +54,8 @@ def read_run(path: Path) -> Run:
         file = path / "results.json"
         if finished := file.exists():
             results = dict(json.loads(file.read_text(encoding="utf-8")))
-            results.update({name: float(results[name]) for name, _ in FIGURES.values()}, epochs=int(results["epochs"]))
+            results.update({name: float(results[name]) for name, _ in FIGURES.values() if name != "minutes"},
+                           epochs=int(results["epochs"]), minutes=float(results["seconds"]) / 60)
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(f"{file} cannot be read ({reason}); is {path} the folder of a run?") from error

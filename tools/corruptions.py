@@ -222,9 +222,7 @@ def run(args: Namespace) -> None:
     else:
         split = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
         sets, classes = make_sets(split, args.seed, device), list(split.classes)
-    if list(info["classes"]) != classes:
-        raise UserError(f"checkpoint {args.checkpoint} knows the classes {', '.join(info['classes'])}, but the images "
-                        f"show {', '.join(classes)}; measure it on what it was trained for")
+    evaluate.check_classes(args.checkpoint, info["classes"], classes)
     counts = " or ".join(f"{count:,}" for count in sorted({len(each.targets) for each in sets}))
     say(f"{args.checkpoint} on {devices.describe(device)} in {precision}, {counts} images for each figure")
     summary = summarise(sets, measure(sets, partial(evaluate.predict_logits, model, device=device, precision=precision,
