@@ -75,8 +75,9 @@ def prepare_folder(data_dir: str, use_synthetic: bool, download: bool, files: Se
                     "leave out --no-download to fetch it, or try --synthetic")
 
 
-def load_split(data_dir: str, files: Sequence[str], use_synthetic: bool, download: bool, limit: int | None) -> Split:
-    """Read batch files until `limit` images are there."""
+def load_split(data_dir: str, files: Sequence[str], use_synthetic: bool = False, download: bool = True,
+               limit: int | None = None) -> Split:
+    """Read the images of `TRAIN_FILES` or `TEST_FILES`, or the first `limit` of them."""
     if use_synthetic and limit is not None:  # only as many files as are needed have to be drawn
         files = files[:-(-limit // synthetic.IMAGES_PER_FILE)]
     folder = prepare_folder(data_dir, use_synthetic, download, files)
@@ -91,16 +92,6 @@ def load_split(data_dir: str, files: Sequence[str], use_synthetic: bool, downloa
     meta = folder / META_FILE
     names = batches.read_label_names(meta) if meta.exists() else list(batches.CLASSES)
     return Split(torch.from_numpy(images), torch.from_numpy(targets), names)
-
-
-def load_train(data_dir: str, synthetic: bool = False, download: bool = True, limit: int | None = None) -> Split:
-    """Read the training set, or its first `limit` images."""
-    return load_split(data_dir, TRAIN_FILES, synthetic, download, limit)
-
-
-def load_test(data_dir: str, synthetic: bool = False, download: bool = True, limit: int | None = None) -> Split:
-    """Read the test set, or its first `limit` images."""
-    return load_split(data_dir, TEST_FILES, synthetic, download, limit)
 
 
 def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:

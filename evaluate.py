@@ -161,7 +161,7 @@ def run_evaluate(args: Namespace, given: dict[str, Any]) -> None:
     device = devices.pick_device(args.device)
     devices.set_up_backend(device, args.deterministic)
     model, info = load_model(args.checkpoint, device, given)
-    test = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
+    test = data.load_split(args.data_dir, data.TEST_FILES, args.synthetic, args.download, args.limit_test)
     check_classes(args.checkpoint, info["classes"], test.classes)
     logits = predict_logits(model, test.images, device, devices.pick_precision(args.precision, device),
                             info["normalize"], args.tta)

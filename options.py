@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import models
@@ -58,30 +58,22 @@ def get_parser() -> Parser:
         formatter_class=HelpFormatter,
         description="Train, resume, evaluate, predict with and summarise the SE-ResNet on CIFAR-10. "
                     "@FILE reads flags from a file, as in: python train.py @recipes/paper.txt")
-    add_data_flags(parser.add_argument_group("data"))
-    add_model_flags(parser.add_argument_group("model"))
-    add_optimisation_flags(parser.add_argument_group("optimisation"))
-    add_augmentation_flags(parser.add_argument_group("augmentation"))
-    add_speed_flags(parser.add_argument_group("speed"))
-    add_output_flags(parser.add_argument_group("output"))
-    add_mode_flags(parser.add_argument_group("modes"))
+    add_recipe_flags(parser)
+    add_program_flags(parser)
     return parser
 
 
-def add_data_flags(group: Any) -> None:
-    """Add the flags that choose the images."""
-    flag = group.add_argument
+def add_recipe_flags(parser: Parser) -> None:
+    """Add the flags of what is computed: the images, the keyword arguments of `models.build_model`, the recipe."""
+    flag = parser.add_argument_group("data").add_argument
     flag("--data-dir", default="data", help="folder that holds cifar-10-batches-py, or that folder itself")
-    on_off(group, "--download", True, "fetch CIFAR-10 where the folder does not hold it")
-    on_off(group, "--synthetic", False, "train on generated images; no download")
+    on_off(flag, "--download", True, "fetch CIFAR-10 where the folder does not hold it")
+    on_off(flag, "--synthetic", False, "train on generated images; no download")
     flag("--val-size", type=at_least(0), default=0, help="training images held out to pick best.pt; 0 is none")
     flag("--limit-train", type=at_least(1), metavar="N", help="use the first N training images (default: all)")
     flag("--limit-test", type=at_least(1), metavar="N", help="use the first N test images (default: all)")
 
-
-def add_model_flags(group: Any) -> None:
-    """Add the keyword arguments of `models.build_model`."""
-    flag = group.add_argument
+    flag = parser.add_argument_group("model").add_argument
     flag("--num-blocks", type=int, nargs="+", default=[4, 4, 3], help="residual blocks of each layer")
     flag("--channels", type=int, default=64, help="channels of the first layer, doubled in each further one")
     flag("--kernel-sizes", type=int, nargs="+", default=[3], help="of the blocks, one for all layers or one each")
@@ -93,17 +85,14 @@ def add_model_flags(group: Any) -> None:
     flag("--se-reduction", type=int, default=16, help="factor by which SE reduces the channels")
     flag("--max-params", type=at_least(0), default=5_000_000, help="refuse a larger model; 0 is no limit")
 
-
-def add_optimisation_flags(group: Any) -> None:
-    """Add the flags of the recipe."""
-    flag = group.add_argument
+    flag = parser.add_argument_group("optimisation").add_argument
     flag("--epochs", type=at_least(1), default=200, help="passes over the training set")
     flag("--batch-size", type=at_least(1), default=128, help="images per step, of all processes together")
     flag("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="optimiser")
     flag("--lr", type=at_least(0, float), help="highest learning rate (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")")
     flag("--momentum", type=at_least(0, float), default=0.9, help="momentum of sgd and rmsprop")
-    on_off(group, "--nesterov", False, "Nesterov's momentum, for sgd")
+    on_off(flag, "--nesterov", False, "Nesterov's momentum, for sgd")
     flag("--weight-decay", type=at_least(0, float), default=5e-4, help="of all parameters")
     flag("--scheduler", choices=SCHEDULERS, default="cosine", help="of the lr; onecycle also cycles the momentum")
     flag("--warmup-epochs", type=at_least(0, float), default=0.0, help="epochs of linear warm-up before the schedule")
@@ -113,43 +102,34 @@ def add_optimisation_flags(group: Any) -> None:
          help="evaluate and keep weights averaged over the steps; 0 is off")
     flag("--seed", type=at_least(0), default=0, help="seed of the initial weights and of every draw")
 
-
-def add_augmentation_flags(group: Any) -> None:
-    """Add the flags that change the images."""
-    flag = group.add_argument
-    on_off(group, "--augment", True, "random crop with reflect padding, and random mirroring")
-    on_off(group, "--normalize", True, "subtract the published mean and divide by the published std")
-    on_off(group, "--trivial-augment", False, "one more random operation on each image (arXiv 2103.10158)")
+    flag = parser.add_argument_group("augmentation").add_argument
+    on_off(flag, "--augment", True, "random crop with reflect padding, and random mirroring")
+    on_off(flag, "--normalize", True, "subtract the published mean and divide by the published std")
+    on_off(flag, "--trivial-augment", False, "one more random operation on each image (arXiv 2103.10158)")
     flag("--mixup", type=at_least(0, float), default=0.0, metavar="A", help="blend pairs by Beta(A, A); 0 is off")
     flag("--cutmix", type=at_least(0, float), default=0.0, metavar="A",
          help="paste areas between pairs by Beta(A, A); 0 is off; beside --mixup, one of them per batch")
 
 
-def add_speed_flags(group: Any) -> None:
-    """Add the flags of how, not what, is computed."""
-    flag = group.add_argument
+def add_program_flags(parser: Parser) -> None:
+    """Add the flags of how it is computed, where results go, and what else than a new training run can be done."""
+    flag = parser.add_argument_group("speed").add_argument
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: cuda, else mps, else cpu")
     flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 where the hardware has it")
     flag("--loader", choices=("device", "workers"), default="device",
          help="device: whole batches on the device; workers: image by image in processes, as published")
     flag("--workers", type=at_least(0), default=16, help="processes of --loader workers; never more than the cores")
     flag("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA with Triton)")
-    on_off(group, "--deterministic", False, "the same bits on every run on one CUDA device, more slowly")
+    on_off(flag, "--deterministic", False, "the same bits on every run on one CUDA device, more slowly")
 
-
-def add_output_flags(group: Any) -> None:
-    """Add the flags of where results go, and how often."""
-    flag = group.add_argument
+    flag = parser.add_argument_group("output").add_argument
     flag("--checkpoint-dir", default="checkpoints", help="folder of the run folders")
     flag("--name", default="se-resnet", help="name of the run and of its folder")
-    on_off(group, "--overwrite", False, "replace a run that lies in the folder")
+    on_off(flag, "--overwrite", False, "replace a run that lies in the folder")
     flag("--save-minutes", type=at_least(0, float), default=1.0, help="minutes between saves; 0 saves after every step")
     flag("--log-interval", type=at_least(1), default=50, metavar="STEPS", help="steps between looks at the loss")
 
-
-def add_mode_flags(group: Any) -> None:
-    """Add the flags that do something else than a new training run, and what they need."""
-    flag = group.add_argument
+    flag = parser.add_argument_group("modes").add_argument
     flag("--resume", nargs="?", const="last", metavar="auto|PATH",
          help="go on with the run of that --name; auto: or start it; PATH: a run folder or its checkpoint")
     flag("--init", metavar="FILE", help="start a new run from these weights")
@@ -158,12 +138,12 @@ def add_mode_flags(group: Any) -> None:
     flag("--predict", nargs="+", metavar="FILE", help="label pickled images, or PNG/JPEG files or folders of them")
     flag("--checkpoint", metavar="FILE", help="weights for --evaluate and --predict")
     flag("--output", metavar="PATH", help="CSV file of --predict, or folder of --evaluate's pictures")
-    on_off(group, "--tta", False, "average over the mirror image, for --evaluate and --predict")
+    on_off(flag, "--tta", False, "average over the mirror image, for --evaluate and --predict")
 
 
-def on_off(group: Any, name: str, default: bool, text: str) -> None:
+def on_off(flag: Callable[..., Any], name: str, default: bool, text: str) -> None:
     """Add `--x/--no-x`."""
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
+    flag(name, action=argparse.BooleanOptionalAction, default=default, help=text)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, Any]]:

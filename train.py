@@ -89,8 +89,8 @@ def load_data(args: Namespace, processes: Processes) -> tuple[data.Split, data.S
     """
     for is_turn in (processes.local_rank == 0, processes.local_rank != 0):  # so that one downloads or draws
         if is_turn:
-            train = data.load_train(args.data_dir, args.synthetic, args.download, args.limit_train)
-            test = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
+            train = data.load_split(args.data_dir, data.TRAIN_FILES, args.synthetic, args.download, args.limit_train)
+            test = data.load_split(args.data_dir, data.TEST_FILES, args.synthetic, args.download, args.limit_test)
         processes.gather(None)
     train, val = data.hold_out(train, args.val_size) if args.val_size else (train, None)
     if args.batch_size > len(train.targets):

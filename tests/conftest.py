@@ -34,8 +34,8 @@ def one_thread():
 def data_dir(tmp_path_factory) -> Path:
     """Give a data folder with generated images, made by the program itself."""
     folder = tmp_path_factory.mktemp("data")
-    data.load_train(str(folder), synthetic=True, limit=96)
-    data.load_test(str(folder), synthetic=True, limit=50)
+    data.load_split(str(folder), data.TRAIN_FILES, use_synthetic=True, limit=96)
+    data.load_split(str(folder), data.TEST_FILES, use_synthetic=True, limit=50)
     return folder
 
 
@@ -64,7 +64,7 @@ def trained(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def test_set(data_dir):
-    return data.load_test(str(data_dir), synthetic=True, limit=50)
+    return data.load_split(str(data_dir), data.TEST_FILES, use_synthetic=True, limit=50)
 
 
 @pytest.fixture(scope="session")

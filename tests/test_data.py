@@ -79,7 +79,7 @@ def test_download_checks_unpacks_and_leaves_nothing_else(official, serve, tmp_pa
         name.split("/")[1]: content for name, content in official}
     assert [path.name for path in (tmp_path / "data").iterdir()] == [data.FOLDER]
     assert "fetching cifar.tar.gz" in capsys.readouterr().err  # the progress bar
-    assert len(data.load_train(str(tmp_path / "data")).targets) == 100
+    assert len(data.load_split(str(tmp_path / "data"), data.TRAIN_FILES).targets) == 100
 
 
 def test_a_wrong_checksum_is_refused_before_unpacking(official, serve, tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_two_that_download_at_once_both_have_it(official, serve, tmp_path, monke
     monkeypatch.setattr(data, "unpack", be_slower)
     folder = data.download_archive(tmp_path / "data", serve(archive), md5(archive))
     assert [path.name for path in (tmp_path / "data").iterdir()] == [data.FOLDER] == [folder.name]
-    assert len(data.load_train(str(tmp_path / "data")).targets) == 100
+    assert len(data.load_split(str(tmp_path / "data"), data.TRAIN_FILES).targets) == 100
 
 
 def test_a_server_that_speaks_no_http_is_one_clear_error(tmp_path, monkeypatch):
@@ -170,34 +170,34 @@ def test_archive_with_a_missing_file_or_a_huge_one(official, serve, tmp_path, mo
 def test_the_folder_itself_or_its_parent(tmp_path):
     folder = write_files(tmp_path / data.FOLDER)
     for data_dir in (tmp_path, folder):
-        split = data.load_train(str(data_dir))
+        split = data.load_split(str(data_dir), data.TRAIN_FILES)
         assert split.images.shape == (100, 32, 32, 3) and split.images.dtype == torch.uint8
         assert split.images[:, 1, 1, 1].tolist() == [i for i in range(5) for _ in range(20)]  # in the files' order
-        assert data.load_test(str(data_dir)).images[0, 1, 1, 1] == 5
+        assert data.load_split(str(data_dir), data.TEST_FILES).images[0, 1, 1, 1] == 5
     assert split.classes == list(batches.CLASSES)
 
 
 def test_limits_take_the_first_images(tmp_path):
     write_files(tmp_path / data.FOLDER)
-    split = data.load_train(str(tmp_path), limit=25)
+    split = data.load_split(str(tmp_path), data.TRAIN_FILES, limit=25)
     assert split.images[:, 0, 0, 0].tolist() == [*range(20), *range(5)]
     with pytest.raises(UserError, match="holds 100 images"):
-        data.load_train(str(tmp_path), limit=101)
+        data.load_split(str(tmp_path), data.TRAIN_FILES, limit=101)
 
 
 def test_a_missing_file_is_named(tmp_path):
     (write_files(tmp_path / data.FOLDER) / "data_batch_3").unlink()
     with pytest.raises(UserError, match="data_batch_3"):
-        data.load_train(str(tmp_path))
+        data.load_split(str(tmp_path), data.TRAIN_FILES)
 
 
 def test_no_folder_and_no_download(tmp_path):
     with pytest.raises(UserError, match=r"no CIFAR-10 in .*--synthetic"):
-        data.load_train(str(tmp_path), download=False)
+        data.load_split(str(tmp_path), data.TRAIN_FILES, download=False)
 
 
 def test_held_out_images_are_balanced_and_the_same_for_all_seeds(tmp_path):
-    split = data.load_train(str(write_files(tmp_path)))
+    split = data.load_split(str(write_files(tmp_path)), data.TRAIN_FILES)
     train, val = data.hold_out(split, 33)
     assert len(train.targets) == 67 and sorted(Counter(val.targets.tolist()).values()) == [3] * 7 + [4] * 3
     together = torch.cat([train.images, val.images]).view(100, -1)

@@ -57,7 +57,7 @@ def test_network_trained_without_normalisation_is_exported_without(tmp_path):
 
 
 @pytest.mark.parametrize("checkpoint, output, message", [
-    ("missing.pt", "net.onnx", "missing.pt does not exist"),
+    ("missing.pt", "net.onnx", "missing.pt is not there"),
     ("best.pt", "nowhere/net.onnx", "nowhere"),
     ("broken.pt", "net.onnx", "broken.pt is damaged"),
 ])

@@ -220,7 +220,7 @@ def run(args: Namespace) -> None:
     if args.test_dir:
         sets, classes = find_sets(args.test_dir, args.limit_test), list(data.batches.CLASSES)
     else:
-        split = data.load_test(args.data_dir, args.synthetic, args.download, args.limit_test)
+        split = data.load_split(args.data_dir, data.TEST_FILES, args.synthetic, args.download, args.limit_test)
         sets, classes = make_sets(split, args.seed, device), list(split.classes)
     evaluate.check_classes(args.checkpoint, info["classes"], classes)
     counts = " or ".join(f"{count:,}" for count in sorted({len(each.targets) for each in sets}))
