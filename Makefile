@@ -19,7 +19,7 @@ test-slow: .venv/requirements-dev  ## the slow ones
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 
-bench: .venv/requirements  ## what every claim about speed rests on
+bench: .venv/requirements  ## this program's speed, beside the published way
 	$(BIN)/python tools/bench.py
 
 clean:

@@ -103,10 +103,10 @@ def report(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str,
 
 def format_report(found: dict[str, Any]) -> str:
     """Lay a report out as a table for the terminal; in percent."""
-    lines = [f"{'class':<12}{'images':>8}{'precision':>11}{'recall':>9}{'accuracy':>10}"]
+    lines = [f"{'class':<12}{'images':>8}{'precision':>11}{'recall':>9}{'one-vs-rest':>13}"]
     for row in found["per_class"]:
         cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("precision", "recall", "accuracy"))
-        lines.append("{:<12}{:>8}{:>11}{:>9}{:>10}".format(row["class"], row["count"], *cells))
+        lines.append("{:<12}{:>8}{:>11}{:>9}{:>13}".format(row["class"], row["count"], *cells))
     return "\n".join([*lines, f"expected calibration error {found['calibration_error']:.2f} %"])
 
 

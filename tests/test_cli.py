@@ -124,8 +124,8 @@ def test_args_json_holds_the_settings(run_train, tmp_path):
 
 def test_recipe_files_are_read_with_comments():
     args, given = options.parse_args(["@" + str(ROOT / "recipes/paper.txt")])
-    assert (args.loader, args.workers, args.precision) == ("workers", 16, "fp32")
-    assert set(given) == {"loader", "workers", "precision"}
+    assert (args.loader, args.workers, args.precision, args.compile) == ("workers", 16, "fp32", False)
+    assert set(given) == {"loader", "workers", "precision", "compile"}
 
 
 @pytest.mark.parametrize(("argv", "words"), [

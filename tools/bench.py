@@ -1,4 +1,4 @@
-"""Measure how fast this program trains, beside the published way, on the device at hand: what all claims rest on.
+"""Measure how fast this program trains, beside the published way, on the device at hand.
 
 python tools/bench.py --json results/bench/cpu.json
 
