@@ -255,7 +255,7 @@ def read_label_names(path: str | Path) -> list[str]:
 
 
 def _pickled(value: object) -> bytes:
-    """Give a value as Python 2 writes it in protocol 2.
+    """Return a value as Python 2 writes it in protocol 2.
 
     No pickler of Python 3 does: its byte strings stay bytes with `pickle.load(file, encoding="latin1")`.
     """

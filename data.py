@@ -222,14 +222,14 @@ class Loader:
         return min(self.batch_size, len(self.targets) - step * self.batch_size)
 
     def part(self, step: int) -> range:
-        """Give this process's positions in the order of the epoch; the first processes take what does not divide."""
+        """Return this process's positions in the order of the epoch; the first processes take what does not divide."""
         share, rest = divmod(self.count(step), self.processes.size)
         rank = self.processes.rank
         start = step * self.batch_size + rank * share + min(rank, rest)
         return range(start, start + share + (rank < rest))
 
     def positions(self, step: int) -> Tensor:
-        """Give the positions to load: this process's part, and where batches are mixed, the one before it first.
+        """Return the positions to load: this process's part, and where batches are mixed, the one before it first.
 
         Every image's partner is the one before it in the global batch; before the first comes the last.
         """

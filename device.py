@@ -81,7 +81,7 @@ def keep_freed_memory() -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Tell whether compiling pays and works by default: on CUDA where Triton is at hand."""
+    """Return whether compiling pays and works by default: on CUDA where Triton is at hand."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 

@@ -59,7 +59,7 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device, preci
 
 
 def score(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Give the mean loss and the accuracy in percent of logits (N, 10) against targets (N,)."""
+    """Return the mean loss and the accuracy in percent of logits (N, 10) against targets (N,)."""
     targets = targets.to(logits.device)
     return {"loss": F.cross_entropy(logits, targets).item(),
             "accuracy": 100 * (logits.argmax(1) == targets).sum().item() / len(targets)}
@@ -72,7 +72,7 @@ def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def per_class(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Give count, precision, recall and one-against-rest accuracy of each class, in percent.
+    """Return count, precision, recall and one-against-rest accuracy of each class, in percent.
 
     A precision or recall of no image at all is None.
     """
@@ -87,7 +87,7 @@ def per_class(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]
 
 
 def calibration_error(logits: Tensor, targets: Tensor) -> float:
-    """Give the expected calibration error in percent, over 15 bins of confidence (arXiv 1706.04599)."""
+    """Return the expected calibration error in percent, over 15 bins of confidence (arXiv 1706.04599)."""
     confidence, guess = logits.float().softmax(1).max(1)
     hits = (guess == targets.to(logits.device)).float()
     bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1

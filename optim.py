@@ -39,7 +39,7 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, mo
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
-    """Give what the lr is multiplied by at a step, 0 <= step <= total_steps.
+    """Return what the lr is multiplied by at a step, 0 <= step <= total_steps.
 
     `cosine` is SGDR's single period (arXiv 1608.03983): at the epoch boundaries the values of CosineAnnealingLR
     stepped by epoch, and 0 at the end.

@@ -57,7 +57,7 @@ NAMES = list(DISTANCES)
 
 
 def _cover(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Give the share of each pixel that the figure covers, at a random place, size and turn: (N, 32, 32) float32."""
+    """Return the share of each pixel that the figure covers, at a random place, size and turn: (N, 32, 32) float32."""
     low, high = (-5, -5, 7, -0.6), (5, 5, 12, 0.6)  # pixels right, pixels down, pixels per unit, radians
     draws = rng.uniform(low, high, (len(labels), 4)).astype(np.float32)
     right, down, size, turn = draws.T[:, :, None, None]

@@ -261,7 +261,7 @@ def describe_results(results: dict[str, Any], folder: RunFolder) -> str:
 
 
 def resume_command(folder: RunFolder, processes: Processes) -> str:
-    """Give the command that goes on with a run; on several machines, torchrun's own flags come to it."""
+    """Return the command that goes on with a run; on several machines, torchrun's own flags come to it."""
     alone = processes.size == 1
     launcher = "python" if alone else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     return f"{launcher} train.py --resume {shlex.quote(str(folder.path))}"

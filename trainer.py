@@ -86,11 +86,11 @@ class Trainer:
         self.drawn: dict[str, Any] | None = None  # the last row that the pictures show
         self.ended_in: dict[str, Any] | None = None  # the environment of a run that was loaded after its last epoch
         self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
-        self.kept = copy.deepcopy(model) if args.ema else model  # what is evaluated, and best.pt
+        self.eval_model = copy.deepcopy(model) if args.ema else model  # what is evaluated, and best.pt
         # by this part of swa_utils alone: its AveragedModel would wait for a GPU twice a step, to hand it a counter
         self.average = get_ema_multi_avg_fn(args.ema)
         self.averaged = [[tensor for tensor in (*network.parameters(), *network.buffers())
-                          if tensor.is_floating_point()] for network in (self.kept, model)]
+                          if tensor.is_floating_point()] for network in (self.eval_model, model)]
         self.forward = self.forward_loss
         self.saved_at = time.monotonic()
 
@@ -103,7 +103,7 @@ class Trainer:
 
     def forward_loss(self, inputs: Tensor, targets: Tensor, partners: Tensor | None = None,
                      share: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Give the summed loss and the number of hits of a batch, both on the device.
+        """Return the summed loss and the number of hits of a batch, both on the device.
 
         In a mixed batch the loss is shared between two labels, and the one with the larger share counts as a hit.
         """
@@ -183,7 +183,7 @@ class Trainer:
                 stop, save = self.agree(signals)
                 if (stop or save or self.step % self.args.log_interval == 0 or self.step == steps
                         or self.device.type == "cpu"):
-                    self.look(bar, start)
+                    self.show_progress(bar, start)
                 if save or stop:
                     self.save()
                     start = time.perf_counter() - self.seconds  # saving is no training
@@ -191,7 +191,7 @@ class Trainer:
                     return stop
         return None
 
-    def look(self, bar: tqdm, start: float) -> None:
+    def show_progress(self, bar: tqdm, start: float) -> None:
         """Read the running sums, and the time since the start; show them, and stop a run that has diverged.
 
         Raises:
@@ -233,7 +233,7 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Evaluate, add the row of the epoch to the history, and note the best weights so far."""
-        self.processes.copy_from_first(list(self.kept.buffers()))  # one process's batch norm, for all
+        self.processes.copy_from_first(list(self.eval_model.buffers()))  # one process's batch norm, for all
         loss, hits = (self.processes.sum(self.totals.clone()) / len(self.loader.targets)).tolist()
         start = time.perf_counter()
         self.logits = self.predict(self.held_out)
@@ -255,21 +255,21 @@ class Trainer:
 
     def keep_best(self, accuracy: float) -> None:
         """Note the weights at the end of an epoch as the best so far."""
-        weights = {name: value.clone() for name, value in self.kept.state_dict().items()}
+        weights = {name: value.clone() for name, value in self.eval_model.state_dict().items()}
         self.best_accuracy = accuracy
         self.best = {"model": weights, "epoch": self.epoch, "accuracy": accuracy, "picked_by": self.kind,
                      "args": saved_args(self.args), "classes": self.held_out.classes}
 
     def predict(self, split: data.Split) -> Tensor:
-        """Give the logits of a split, on all processes together."""
-        return evaluate.predict_logits(self.kept, split.images, self.device, self.precision, self.args.normalize,
+        """Return the logits of a split, on all processes together."""
+        return evaluate.predict_logits(self.eval_model, split.images, self.device, self.precision, self.args.normalize,
                                        processes=self.processes)
 
     # --- what stays --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Collect what a checkpoint holds; every process must call it."""
-        return {"model": self.model.state_dict(), "ema": self.kept.state_dict() if self.args.ema else None,
+        return {"model": self.model.state_dict(), "ema": self.eval_model.state_dict() if self.args.ema else None,
                 "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step,
                 "best_accuracy": self.best_accuracy, "history": self.history,
@@ -302,7 +302,7 @@ class Trainer:
             if any(value.shape not in ((), parameter.shape) for value in state.values() if value is not None):
                 raise ValueError("its optimizer is of other shapes")
         if self.args.ema:
-            load_weights(self.kept, saved["ema"], self.folder.path)
+            load_weights(self.eval_model, saved["ema"], self.folder.path)
         if saved["scaler"] != {} and not has_form(saved["scaler"], torch.amp.GradScaler("cpu").state_dict()):
             raise ValueError("its scaler is malformed")
         if saved["scaler"] and self.scaler.is_enabled():
@@ -380,7 +380,7 @@ class Trainer:
         """Evaluate for the last time and collect results.json; with validation, the test set is touched only here."""
         best = self.processes.first_do(lambda: load_checkpoint(self.folder.best))
         if self.kind == "val":
-            load_weights(self.kept, best["model"], self.folder.best)
+            load_weights(self.eval_model, best["model"], self.folder.best)
             self.logits = None
         if self.logits is None:
             self.logits = self.predict(test)
@@ -398,7 +398,7 @@ class Trainer:
 
 
 def has_form(found: Any, expected: Any) -> bool:
-    """Tell whether a value has all keys, and the types, lengths and shapes, of another."""
+    """Return whether a value has all keys, and the types, lengths and shapes, of another."""
     if isinstance(expected, Tensor):
         return isinstance(found, Tensor) and (found.shape, found.dtype) == (expected.shape, expected.dtype)
     if isinstance(expected, dict):

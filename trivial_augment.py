@@ -59,7 +59,7 @@ def transform_one(image: Tensor, operation: int, strength: int) -> Tensor:
 
 @cache  # to be made once; and a copy to a GPU for every batch would wait for it
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Give all magnitudes, (14 * 62,), and where the first 6 operations take pixels from, (6 * 62, 1024) int64."""
+    """Return all magnitudes, (14 * 62,), and where the first 6 operations take pixels from, (6 * 62, 1024) int64."""
     places = torch.arange(1.0, PIXELS + 1).view(1, SIZE, SIZE)  # torchvision moves them, and fills with 0
     moved = [transform_one(places, i, strength) for i in range(6) for strength in range(STRENGTHS)]
     return magnitudes().flatten().to(device), torch.stack(moved).view(-1, PIXELS).long().to(device)
@@ -101,7 +101,7 @@ def _blend(images: Tensor, others: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _others(images: Tensor, counts: list[int]) -> Tensor:
-    """Give what brightness, color, contrast and sharpness blend with: black, gray, mean gray and blurred images."""
+    """Return what brightness, color, contrast and sharpness blend with: black, gray, mean gray and blurred images."""
     bright, tinted, sharp = images.split([counts[0], counts[1] + counts[2], counts[3]])
     red, green, blue = tinted.unbind(-1)
     gray = (0.2989 * red + 0.587 * green + 0.114 * blue).to(torch.uint8)[..., None].float()

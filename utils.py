@@ -103,11 +103,11 @@ class RunFolder:
         self._lock = None
 
     def holds_checkpoint(self) -> bool:
-        """Tell whether there is something to go on from."""
+        """Return whether there is something to go on from."""
         return any(os.path.exists(path) for path in (self.last, self.previous))  # False also for impossible names
 
     def holds_run(self) -> bool:
-        """Tell whether there is something that a new run would write over."""
+        """Return whether there is something that a new run would write over."""
         return self.holds_checkpoint() or any(
             os.path.exists(self.path / name) for name in ("metrics.csv", "results.json"))
 
@@ -305,7 +305,7 @@ def load_run(folder: RunFolder, file: Path | None = None) -> tuple[dict[str, Any
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Tell whether no tensor holds an infinity or NaN; one wait for the device."""
+    """Return whether no tensor holds an infinity or NaN; one wait for the device."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 

@@ -139,7 +139,7 @@ def test_the_papers_way_is_what_it_says(measured, monkeypatch):
 
 def test_what_the_recipes_add_is_in_the_figure(measured):
     trainer = bench.build([*FLAGS, *LIMITS, *bench.ADDED], measured[0], "added")
-    assert trainer.kept is not trainer.model
+    assert trainer.eval_model is not trainer.model
     assert trainer.loader.trivial and trainer.loader.mixup and trainer.loader.cutmix
 
 

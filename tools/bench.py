@@ -149,14 +149,14 @@ def seconds(device: torch.device, action: Callable[[], Any]) -> float:
 
 
 def loader_rate(loader: data.Loader, steps: int) -> float:
-    """Give images/s of the last `steps` batches of an epoch, made and not used."""
+    """Return images/s of the last `steps` batches of an epoch, made and not used."""
     first = max(0, len(loader) - steps)
     duration = seconds(loader.device, lambda: sum(1 for _ in loader.epoch(0, first)))
     return (len(loader.targets) - first * loader.batch_size) / duration
 
 
 def bare_rate(trainer: Trainer, steps: int) -> float:
-    """Give images/s of training steps on one batch that is there already."""
+    """Return images/s of training steps on one batch that is there already."""
     inputs = torch.randn(trainer.loader.batch_size, 3, 32, 32, device=trainer.device)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(len(inputs), dtype=torch.int64, device=trainer.device)
@@ -170,7 +170,7 @@ def bare_rate(trainer: Trainer, steps: int) -> float:
 
 
 def whole_rate(trainer: Trainer, steps: int, loader: data.Loader | None = None) -> float:
-    """Give images/s of the last `steps` steps of the next epoch, with all that training does, and on with a loader."""
+    """Return images/s of the last `steps` steps of the next epoch, with all that training does; switch to a loader."""
     loader = loader or trainer.loader
     first = max(0, len(loader) - steps)
     trainer.loader, trainer.epoch, trainer.step = loader, trainer.epoch + 1, first
@@ -180,7 +180,7 @@ def whole_rate(trainer: Trainer, steps: int, loader: data.Loader | None = None) 
 
 
 def product_rate(trainer: Trainer, size: int) -> float:
-    """Give the GFLOP/s of large matrix products in the precision of training."""
+    """Return the GFLOP/s of large matrix products in the precision of training."""
     a, b = torch.randn(2, size, size, device=trainer.device).to(devices.PRECISIONS[trainer.precision])
     count = 1 if trainer.device.type == "cpu" else 20
     a @ b
@@ -202,7 +202,7 @@ def count_flops(model: nn.Module) -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Give the most memory in use so far, in MB: of the GPU, else of this process; NaN where the system cannot tell."""
+    """Return the most memory used so far, in MB: of the GPU, else of this process; NaN where the system cannot tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if os.name == "nt":

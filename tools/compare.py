@@ -97,7 +97,7 @@ def find_differences(runs: Sequence[Run]) -> list[str]:
 
 
 def name_group(group: Sequence[Run]) -> str:
-    """Give the name of a run, or what the names of several have in common, as a pattern."""
+    """Return the name of a run, or what the names of several have in common, as a pattern."""
     names = [run.path.resolve().name for run in group]
     shared = os.path.commonprefix(names)
     return f"{shared}*" if shared and len(names) > 1 else ", ".join(names)

@@ -234,7 +234,7 @@ def snow(x: Tensor, draws: Draws, mean: float, scale: float, factor: float, thre
 
 
 def windows(x: Tensor, mode: str) -> Tensor:
-    """Give the 3x3 surroundings (N, 32, 32, 3, 3) of the pixels of (N, 32, 32)."""
+    """Return the 3x3 surroundings (N, 32, 32, 3, 3) of the pixels of (N, 32, 32)."""
     return F.pad(x[:, None], (1, 1, 1, 1), mode=mode)[:, 0].unfold(1, 3, 1).unfold(2, 3, 1)
 
 
@@ -264,7 +264,7 @@ def find_edges(x: Tensor, low: float, high: float) -> Tensor:
 
 
 def edge_distance(edges: Tensor) -> Tensor:
-    """Give each pixel's distance to the nearest edge in OpenCV's 5x5 chamfer metric, at most 20."""
+    """Return each pixel's distance to the nearest edge in OpenCV's 5x5 chamfer metric, at most 20."""
     costs = {1: 1.0, 2: 1.4, 5: 2.1969}  # of a step, by its squared length
     steps = [(i, j, costs[i * i + j * j]) for i in range(-2, 3) for j in range(-2, 3) if i * i + j * j in costs]
 

@@ -125,7 +125,7 @@ def copy_rows(images: np.ndarray, start: int, count: int) -> Tensor:
 
 
 def measure(sets: list[TestSet], predict: Predict) -> dict[str, list[float]]:
-    """Give the accuracy in percent on every version of every set; print each set's row as soon as it is known."""
+    """Return the accuracy in percent on every version of every set; print each set's row as soon as it is known."""
     found = {}
     say(format_row("accuracy (%)", [f"severity {SEVERITIES[0]}", *SEVERITIES[1:], "mean"]))
     total = sum(len(each.versions) * len(each.targets) for each in sets)
