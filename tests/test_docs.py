@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_the_readme_names_every_flag():
     missing = sorted(flag for flag in flags if flag.startswith("--") and not flag.startswith(("--no-", "--help"))
                      and not re.search(re.escape(flag) + r"(?![\w-])", README))
     assert missing == []
+
+
+def test_the_speed_table_has_the_benchmark_s_figures():
+    rows = json.loads((ROOT / "results" / "bench" / "cpu.json").read_text(encoding="utf-8"))["rows"]
+    medians = {name: row["median"] for name, row in rows.items()}
+    ours, paper = "this program: whole training, images/s", "the paper's way: whole training, images/s"
+    ratio = "whole training, this program : the paper's way"
+    assert f"| {medians[ours]:.1f} images/s" in README and f"| {medians[paper]:.1f} images/s" in README
+    assert f"| {medians[ratio]:.1f} ({rows[ratio]['min']:.1f} to {rows[ratio]['max']:.1f}) |" in README
+    assert f"grows by {medians['memory growth : bytes of these images']:.2f} of their bytes" in README
 
 
 def test_make_targets_exist():
