@@ -434,7 +434,7 @@ def test_a_state_that_is_not_finite_is_never_saved(spoil, run, tmp_path, capsys,
         spoil(self)
 
     monkeypatch.setattr(Trainer, "train_step", spoiled_step)
-    monkeypatch.setattr(Trainer, "look", lambda *_: None)
+    monkeypatch.setattr(Trainer, "show_progress", lambda *_: None)
     before = read(tmp_path / "run")
     assert run("--resume", "--save-minutes", "0") == 1
     assert "not finite in epoch 1, step 2" in one_error(capsys.readouterr().err)
