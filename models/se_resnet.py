@@ -187,8 +187,9 @@ def check_choices(num_blocks: Sequence[int], channels: int, dropout: float, bloc
     """Raise ValueError for what no network can be built from."""
     if not num_blocks or min(num_blocks) < 1:
         raise ValueError(f"--num-blocks {' '.join(map(str, num_blocks))}: every layer needs at least one block")
-    if channels < 1:
-        raise ValueError(f"--channels {channels}: at least 1 is needed")
+    # On CPUs with AVX2 and no more, oneDNN's strided backward pass corrupts memory below 8 input channels (torch 2.14).
+    if channels < 8:
+        raise ValueError(f"--channels {channels}: at least 8 are needed")
     if len(num_blocks) > 16 or sum(num_blocks) > 1000 or channels > 65_536:
         raise ValueError("--num-blocks, --channels: no more than 16 layers, 1,000 blocks and 65,536 channels are built")
     if not 0 <= dropout < 1:

@@ -13,7 +13,6 @@ import pickle
 import resource
 import struct
 import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 import batches
 from utils import UserError
 
-ROOM, CPU_S = 2**30, 2.0  # what reading may take: bytes above the start of the child, seconds
+ROOM = 2**30  # bytes that reading may take above the start of the child
 LABELS, IDS = [3, 9], [7, 5]
 # {labels: LABELS, data: the array of `two_images`, ids: IDS as int64 array} as other Pythons pickled it; zlib, base64.
 WRITTEN = {
@@ -208,7 +207,7 @@ class Watch:
     def read(self, path: Path, reader) -> tuple[object, str]:
         """Read a file and return its content or None, and its error; fail where more was done than reading."""
         self.events.clear()
-        start, content, error = time.process_time(), None, ""
+        content, error = None, ""
         self.active = True
         try:
             content = reader(path)
@@ -216,9 +215,7 @@ class Watch:
             error = str(caught)
         finally:
             self.active = False
-        seconds = time.process_time() - start
         assert not self.events, f"{path.name}: {self.events}"
-        assert seconds < CPU_S, f"{path.name}: {seconds:.1f} s"
         assert content is not None or (error.startswith(f"{path}: ") and error.isprintable()), f"{path.name}: {error!r}"
         return content, error
 

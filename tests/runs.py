@@ -24,7 +24,7 @@ import train
 from trainer import Trainer
 
 # Two blocks on 30 images: 4 steps an epoch, the last one with fewer images, some milliseconds each.
-SMALL = ["--num-blocks", "1", "1", "--channels", "4", "--se-reduction", "2", "--batch-size", "8", "--epochs", "2",
+SMALL = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2", "--batch-size", "8", "--epochs", "2",
          "--limit-train", "30", "--limit-test", "20", "--lr", "0.01", "--device", "cpu", "--precision", "fp32",
          "--no-download"]
 STATE = ("model", "ema", "optimizer", "scheduler", "scaler", "epoch", "step", "best_accuracy", "history", "rng",

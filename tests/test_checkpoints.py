@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import sys
-import time
 import zipfile
 import zlib
 from functools import partial
@@ -370,20 +369,10 @@ def mutated(content, changes):
     return bytes(content)
 
 
-@contextlib.contextmanager
-def at_most_2_s():
-    """Bound the processor's time, which a busy machine does not stretch; who waits instead never ends the test."""
-    start = time.process_time()
-    try:
-        yield
-    finally:
-        assert time.process_time() - start < 2
-
-
 def fuzz(path, examples, argv):
     """Mutate a checkpoint's bytes and, with right checksums, those of its pickle; in a process of its own.
 
-    Whatever is read must be what was written; whatever is refused must be in one line; all within 2 s and 1 GiB.
+    Whatever is read must be what was written; whatever is refused must be in one line, within 1 GiB.
     """
     limit_memory()
     content, expected = path.read_bytes(), utils.load_checkpoint(path)
@@ -399,8 +388,7 @@ def fuzz(path, examples, argv):
             changes = [(kind, len(content) - 1 - here % edge, there, value) for kind, here, there, value in changes]
         path.write_bytes(mutated(content, changes))
         try:
-            with at_most_2_s():
-                found = utils.load_checkpoint(path)
+            found = utils.load_checkpoint(path)
         except utils.UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
         else:
@@ -411,7 +399,7 @@ def fuzz(path, examples, argv):
     def bytes_of_the_pickle(changes):
         path.write_bytes(packed(path.parent / "copy.pt", mutated(program, changes)))
         for use in (partial(resume_a_step, argv), partial(evaluate.load_model, path, torch.device("cpu"))):
-            with contextlib.suppress(utils.UserError), at_most_2_s():
+            with contextlib.suppress(utils.UserError):
                 use()
 
     (path.parent / "copy.pt").write_bytes(content)

@@ -168,7 +168,7 @@ def test_mistakes_in_files(data_dir, capsys, tmp_path):
     assert "there is no run in" in mistake(capsys, "--resume", *runs)
     assert not (tmp_path / "runs").exists()
     assert "--batch-size 97" in mistake(capsys, *runs, "--batch-size", "97")
-    deep = [*runs, "--num-blocks", *"111111", "--channels", "4", "--se-reduction", "4"]
+    deep = [*runs, "--num-blocks", *"111111", "--channels", "8", "--se-reduction", "4"]
     assert "batch norm" in mistake(capsys, *deep, "--batch-size", "95")  # of 96
     assert "--val-size 90" in mistake(capsys, *runs, "--val-size", "90")
     (tmp_path / "file").write_text("no folder")

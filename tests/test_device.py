@@ -210,7 +210,7 @@ def losses(trainer: Trainer, epochs: int) -> list[float]:
 @pytest.mark.slow
 def test_inductor_on_the_cpu_gives_the_eager_losses(monkeypatch, set_up, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    flags = ["--num-blocks", "1", "--channels", "4", "--limit-train", "72"]  # the last batch is a smaller one
+    flags = ["--num-blocks", "1", "--channels", "8", "--limit-train", "72"]  # the last batch is a smaller one
     compiled = set_up(*flags, "--compile")
     assert compiled.environment()["compile"]  # it has not fallen back
     assert losses(compiled, 2) == pytest.approx(losses(set_up(*flags, "--no-compile"), 2), rel=1e-4)

@@ -38,7 +38,7 @@ CASES = {
     "last batch of one": (29, ["--momentum", "0.9", "--grad-clip", "0", "--label-smoothing", "0.1"]),
 }
 EPOCHS, STEPS, LR, DECAY = 4, 5, 0.1, 5e-4
-FLAGS = ["--num-blocks", "1", "1", "--channels", "4", "--se-reduction", "2", "--batch-size", "7", "--lr", str(LR),
+FLAGS = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2", "--batch-size", "7", "--lr", str(LR),
          "--epochs", str(EPOCHS), "--weight-decay", str(DECAY), "--device", "cpu", "--precision", "fp32"]
 
 
@@ -230,7 +230,7 @@ def test_a_signal_that_comes_during_a_vote_is_not_lost(tmp_path, monkeypatch):
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 # 5 steps an epoch, the last of one image, which only the first process has; dropout, which differs between the two.
-RUN = ["--num-blocks", "1", "1", "--channels", "4", "--se-reduction", "2", "--batch-size", "8", "--limit-train", "33",
+RUN = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2", "--batch-size", "8", "--limit-train", "33",
        "--limit-test", "20", "--epochs", "4", "--lr", "0.02", "--dropout", "0.2", "--device", "cpu", "--precision",
        "fp32", "--synthetic"]
 # A first life in which a process is killed, a second in which the agent is told to end, as by a job queue.

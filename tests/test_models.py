@@ -65,7 +65,7 @@ def test_published_names():
 @pytest.mark.parametrize("choices", [
     {}, {"se": "block"}, {"se": "none"}, {"block": "preact"}, {"block": "preact", "se": "block", "dropout": 0.3},
     {"kernel_sizes": (5, 3, 1), "shortcut_kernel_sizes": (1, 3, 5)}, {"pool_size": 4}, {"dropout": 0.5},
-    {"num_blocks": (1, 1, 1, 1, 1, 1, 1), "channels": 4, "se": "none"},
+    {"num_blocks": (1, 1, 1, 1, 1, 1), "channels": 8, "se": "none"},
 ])
 def test_every_parameter_gets_a_gradient(choices):
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_pool_size_widens_the_linear_layer():
     ({"pool_size": 9}, "--pool-size 9"),
     ({"num_blocks": (4, 0)}, "--num-blocks 4 0"),
     ({"num_blocks": ()}, "--num-blocks"),
-    ({"channels": 0}, "--channels 0"),
+    ({"channels": 7}, "--channels 7"),
     ({"dropout": 1.0}, "--dropout 1.0"),
     ({"block": "bottleneck"}, "--block bottleneck"),
     ({"se": "everywhere"}, "--se everywhere"),
