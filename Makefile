@@ -1,31 +1,31 @@
-# Every target sets itself up: all that is needed is Python (3.10 or newer) and make.
+# Every target does its own set-up. All you need is Python 3.10 or newer and make.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo train test test-slow lint bench clean
 
-demo: .venv/requirements  ## train on generated images; no download, about two minutes
+demo: .venv/requirements  ## train on generated images; no download, three minutes at most
 	$(BIN)/python train.py @recipes/demo.txt --overwrite
 
-train: .venv/requirements  ## the paper's recipe on CIFAR-10
+train: .venv/requirements  ## the published recipe on CIFAR-10; starts or resumes checkpoints/se-resnet
 	$(BIN)/python train.py --resume auto
 
 test: .venv/requirements-dev  ## all tests but the slow ones, offline
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: .venv/requirements-dev  ## the slow ones
+test-slow: .venv/requirements-dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 
-bench: .venv/requirements  ## this program's speed, beside the published way
+bench: .venv/requirements  ## speed of this program and of the published way
 	$(BIN)/python tools/bench.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 
-# The stamp is written last, so that an interrupted set-up is done again.
+# The stamp is written last, so that an interrupted set-up is repeated.
 .venv/requirements: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

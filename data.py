@@ -1,18 +1,12 @@
-"""From CIFAR-10's batch files to batches on the device: folders, download, splits, and the two loaders.
+"""From CIFAR-10's batch files to batches on the device: splits, and the two loaders.
 
 CIFAR-10 is from Learning Multiple Layers of Features from Tiny Images, A. Krizhevsky, 2009.
 """
 
-import hashlib
-import http.client
 import itertools
 import multiprocessing
-import os
-import shutil
 import signal
-import tarfile
-import tempfile
-import urllib.request
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,333 +16,247 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transforms
-from tqdm import tqdm
 
 import augment
-import batches
+import cifar10
 import synthetic
 import trivial_augment
-from utils import SIGNALS, Processes, UserError
+from distributed import World
+from hardware import count_cores
+from utils import STOP_SIGNALS, UserError
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-MD5 = "c58f30108f718f92721af3b95e74349a"
-FOLDER = "cifar-10-batches-py"
 SYNTHETIC_FOLDER = "synthetic-10-batches-py"
-TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
-TEST_FILES = ("test_batch",)
-META_FILE = "batches.meta"
-BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger operations to launch
-SPLIT_SEED = 20090408  # of --val-size alone, so that runs with different --seed hold out the same images
+BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger kernels to launch
+SPLIT_SEED = 20090408  # of --val-size alone: runs with different --seed hold out the same images
 
 
 class Split(NamedTuple):
-    """Images and their labels, in the files' order."""
+    """Images and their labels, in the order of the files."""
 
     images: Tensor  # (N, 32, 32, 3) uint8
     targets: Tensor  # (N,) int64
     classes: list[str]  # ten names
 
+    def to(self, device: torch.device | str) -> "Split":
+        """Move images and labels to a device."""
+        return Split(self.images.to(device), self.targets.to(device), self.classes)
 
-# --- folders and files -----------------------------------------------------------------------------------------------
+
+# --- splits ----------------------------------------------------------------------------------------------------------
 
 
-def prepare_folder(data_dir: str, use_synthetic: bool, download: bool, files: Sequence[str]) -> Path:
-    """Find the folder of the batch files, below `data_dir` or that folder itself; download or draw them if need be.
+def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool = False, limit: int | None = None
+               ) -> Split:
+    """Read the images of `cifar10.TRAIN_FILES` or `TEST_FILES`, or the first `limit` of them.
 
-    Raises:
-        UserError: They are not there, and cannot be had.
+    CIFAR-10 is downloaded, or synthetic images are drawn, where the folder does not hold them.
     """
-    root = Path(data_dir)
     if use_synthetic:
+        if limit is not None:  # draw no more files than needed
+            files = files[:-(-limit // synthetic.IMAGES_PER_FILE)]
+        folder = Path(data_dir) / SYNTHETIC_FOLDER
         try:
-            synthetic.write(root / SYNTHETIC_FOLDER, files)
+            synthetic.write(folder, files)
         except OSError as error:
-            raise UserError(f"generated images cannot be written to {root / SYNTHETIC_FOLDER} ({error.strerror}); "
-                            "choose another --data-dir") from error
-        return root / SYNTHETIC_FOLDER
-    for folder in (root / FOLDER, root):
-        if any((folder / name).exists() for name in TRAIN_FILES + TEST_FILES):
-            return folder
-    if download:
-        return download_archive(root)
-    raise UserError(f"no CIFAR-10 in {data_dir}: expected a folder {FOLDER} with {TRAIN_FILES[0]} and so on; "
-                    "leave out --no-download to fetch it, or try --synthetic")
-
-
-def load_split(data_dir: str, files: Sequence[str], use_synthetic: bool = False, download: bool = True,
-               limit: int | None = None) -> Split:
-    """Read the images of `TRAIN_FILES` or `TEST_FILES`, or the first `limit` of them."""
-    if use_synthetic and limit is not None:  # only as many files as are needed have to be drawn
-        files = files[:-(-limit // synthetic.IMAGES_PER_FILE)]
-    folder = prepare_folder(data_dir, use_synthetic, download, files)
+            raise UserError(f"cannot write generated images to {folder} ({error.strerror}); choose another --data-dir"
+                            ) from error
+    else:
+        folder = cifar10.find_folder(data_dir) or cifar10.download(Path(data_dir))
     parts, count = [], 0
     for name in files:
         if limit is None or count < limit:
-            parts.append(batches.read_labelled(folder / name))
+            parts.append(cifar10.read_labelled(folder / name))
             count += len(parts[-1][1])
     if limit is not None and count < limit:
-        raise UserError(f"{folder} holds {count} images in {', '.join(files)}, fewer than the limit of {limit}")
-    images, targets = (np.concatenate(arrays)[:limit] for arrays in zip(*parts, strict=True))
-    meta = folder / META_FILE
-    names = batches.read_label_names(meta) if meta.exists() else list(batches.CLASSES)
-    return Split(torch.from_numpy(images), torch.from_numpy(targets), names)
+        raise UserError(f"{folder} has {count} images in {', '.join(files)}, fewer than the limit of {limit}")
+    images, targets = (torch.from_numpy(np.concatenate(arrays)[:limit]) for arrays in zip(*parts, strict=True))
+    meta = folder / cifar10.META_FILE
+    return Split(images, targets, cifar10.read_label_names(meta) if meta.exists() else list(cifar10.CLASSES))
 
 
 def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
-    """Divide a training set into what is trained on and `val_size` images for validation.
-
-    The held-out images are balanced over the classes and drawn by a fixed seed, the same for every `--seed`.
-
-    Raises:
-        UserError: A class has too few images.
-    """
+    """Split a training set into training images and `val_size` validation images, balanced over the classes."""
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(split.targets)))
     chosen = []
     for label in range(10):
-        share = val_size // 10 + (label < val_size % 10)
+        size = val_size // 10 + (label < val_size % 10)
         members = order[split.targets[order] == label]
-        if len(members) <= share:
-            raise UserError(f"--val-size {val_size} takes {share} images of class {split.classes[label]}, "
-                            f"which has {len(members)}; choose a smaller one")
-        chosen.append(members[:share])
-    held_out = torch.zeros(len(split.targets), dtype=torch.bool)
-    held_out[torch.cat(chosen)] = True
-    return tuple(Split(split.images[rows], split.targets[rows], split.classes) for rows in (~held_out, held_out))
+        if len(members) <= size:
+            raise UserError(f"--val-size {val_size} takes {size} images of class {split.classes[label]}, which has "
+                            f"{len(members)}; choose a smaller one")
+        chosen.append(members[:size])
+    is_val = torch.zeros(len(split.targets), dtype=torch.bool)
+    is_val[torch.cat(chosen)] = True
+    return tuple(Split(split.images[rows], split.targets[rows], split.classes) for rows in (~is_val, is_val))
 
 
-# --- download --------------------------------------------------------------------------------------------------------
-
-
-def download_archive(data_dir: Path, url: str = URL, md5: str = MD5) -> Path:
-    """Fetch the official archive, check it, and unpack its batch files into `data_dir`.
-
-    Returns:
-        The new folder; it appears whole or not at all.
-
-    Raises:
-        UserError: There is no network, the checksum differs, or the folder cannot be written.
-    """
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
-            archive, folder = Path(scratch) / "archive.tar.gz", Path(scratch) / FOLDER
-            found = fetch(url, archive)
-            if found != md5:
-                raise UserError(f"the archive from {url} has MD5 {found}, expected {md5}; try again later")
-            folder.mkdir()
-            unpack(archive, folder)
-            try:
-                os.replace(folder, data_dir / FOLDER)
-            except OSError:
-                if not (data_dir / FOLDER / META_FILE).exists():  # else another process was faster
-                    raise
-    except (OSError, http.client.HTTPException) as error:  # urllib's URLError is an OSError, too
-        reason = getattr(error, "reason", None) or error
-        raise UserError(f"CIFAR-10 cannot be fetched from {url} ({reason}); put its batch files into "
-                        f"{data_dir / FOLDER} by hand, or try --synthetic") from error
-    return data_dir / FOLDER
-
-
-def fetch(url: str, path: Path) -> str:
-    """Download a file with a progress bar; return its MD5 in hexadecimal digits."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
-        length = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=length or None, unit="B", unit_scale=True, desc=f"fetching {Path(url).name}") as bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                bar.update(len(block))
-    return digest.hexdigest()
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the known batch files, as plain files and by their base names, and nothing else.
-
-    Raises:
-        UserError: One of them is missing, no plain file, or too large.
-    """
-    wanted = {*TRAIN_FILES, *TEST_FILES, META_FILE}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                name = member.name.removeprefix(f"{FOLDER}/")
-                if name not in wanted:  # also every absolute path and every ..
-                    continue
-                if not member.isfile() or member.size > batches.MAX_BYTES:
-                    raise UserError(f"{archive.name}: {member.name} is no plain file of sensible size")
-                with tar.extractfile(member) as source, open(folder / name, "wb") as target:
-                    shutil.copyfileobj(source, target)
-                wanted.remove(name)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive.name} cannot be unpacked ({error})") from error
-    if wanted:
-        raise UserError(f"{archive.name} holds no {', '.join(sorted(wanted))}")
+def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split]:
+    """Read the training, validation (or None) and test images that the flags select."""
+    def read() -> tuple[Split, Split]:
+        return (load_split(args.data_dir, cifar10.TRAIN_FILES, args.synthetic, args.limit_train),
+                load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test))
+    # the first rank of each machine goes ahead: it may have to download or draw
+    first = world.run(lambda: read() if world.local_rank == 0 else None)
+    train, test = world.run(lambda: first or read())
+    train, val = hold_out(train, args.val_size) if args.val_size else (train, None)
+    if args.batch_size > len(train.targets):
+        raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the training images")
+    return train, val, test
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
 
 
 class Loader:
-    """What both loaders share: which images of which batch belong to this process, and how they are mixed.
+    """What both loaders share: which images belong to this rank's shard of each batch, and how they are mixed.
 
-    Args:
-        split: The training set.
-        batch_size: Of all processes together; the last batch of an epoch holds what is left.
-        device: Where batches are wanted.
-        seed: Of the tables of draws.
-        augment: Crop and mirror.
-        normalize: Subtract the mean and divide by the std.
-        trivial: Apply TrivialAugment.
-        mixup: A of MixUp's Beta(A, A); 0 is off.
-        cutmix: Likewise of CutMix.
-        processes: Each takes its part of the same global batch.
+    `args` holds `batch_size` (of all ranks; an epoch ends with a smaller one), `seed` and the augmentation flags.
     """
 
-    def __init__(self, split: Split, batch_size: int, device: torch.device, seed: int, augment: bool = True,
-                 normalize: bool = True, trivial: bool = False, mixup: float = 0.0, cutmix: float = 0.0,
-                 processes: Processes | None = None):
-        self.images, self.targets = split.images, split.targets
-        self.batch_size, self.device, self.seed = batch_size, device, seed
-        self.augment, self.normalize, self.trivial, self.mixup, self.cutmix = augment, normalize, trivial, mixup, cutmix
-        self.processes = processes or Processes()
+    def __init__(self, split: Split, args: Namespace, device: torch.device, world: World | None = None):
+        self.images, self.targets, self.args, self.device = split.images, split.targets, args, torch.device(device)
+        self.world = world or World()
+        self.mixes = bool(args.mixup or args.cutmix)
 
     def __len__(self) -> int:
-        """Count the steps of an epoch."""
-        return -(-len(self.targets) // self.batch_size)
+        """Return the number of steps in an epoch."""
+        return -(-len(self.targets) // self.args.batch_size)
 
-    def count(self, step: int) -> int:
-        """Count the images of a global batch."""
-        return min(self.batch_size, len(self.targets) - step * self.batch_size)
+    def batch_size(self, step: int) -> int:
+        """Return the number of images in the global batch of a step."""
+        return min(self.args.batch_size, len(self.targets) - step * self.args.batch_size)
 
-    def part(self, step: int) -> range:
-        """Return this process's positions in the order of the epoch; the first processes take what does not divide."""
-        share, rest = divmod(self.count(step), self.processes.size)
-        rank = self.processes.rank
-        start = step * self.batch_size + rank * share + min(rank, rest)
-        return range(start, start + share + (rank < rest))
+    def shard(self, step: int) -> range:
+        """Return this rank's positions in the order of the epoch; the first ranks take what does not divide evenly."""
+        size, rest = divmod(self.batch_size(step), self.world.size)
+        rank = self.world.rank
+        start = step * self.args.batch_size + rank * size + min(rank, rest)
+        return range(start, start + size + (rank < rest))
 
     def positions(self, step: int) -> Tensor:
-        """Return the positions to load: this process's part, and where batches are mixed, the one before it first.
+        """Return the positions to load: the shard, and for MixUp and CutMix first the one before it.
 
-        Every image's partner is the one before it in the global batch; before the first comes the last.
+        Each image is mixed with the one before it in the global batch, the first one with the last.
         """
-        part, start = self.part(step), step * self.batch_size
-        found = torch.arange(part.start, part.stop)
-        if not (self.mixup or self.cutmix) or not part:
+        shard, start = self.shard(step), step * self.args.batch_size
+        found = torch.arange(shard.start, shard.stop)
+        if not self.mixes or not shard:
             return found
-        return torch.cat([torch.tensor([start + (part.start - start - 1) % self.count(step)]), found])
+        return torch.cat([torch.tensor([start + (shard.start - start - 1) % self.batch_size(step)]), found])
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, ...]]:
-        """Yield this process's part of the batches of an epoch, from any step on, on the device.
+        """Yield this rank's shard of the batches of an epoch, from any step on, on the device.
 
         Yields:
-            Inputs (n, 3, 32, 32) float32 and targets (n,) int64; where batches are mixed, also the partners' targets
-            (n,) and the share () float32 of the first ones. n can be 0 in the last batch of several processes.
+            inputs (n, 3, 32, 32) float32 and targets (n,) int64; with MixUp or CutMix also targets_b (n,) of the
+            partners and lam () float32, the weight of `targets`. n can be 0 in the last batch of several ranks.
         """
         positions = [self.positions(step) for step in range(first_step, len(self))]
-        rows = torch.cat([torch.arange(0), *positions])  # a run stopped after an epoch's last step has no more
-        draws = augment.draw_epoch(len(self.targets), self.seed, epoch).rows(rows)
-        loaded = self.load(draws, [len(batch) for batch in positions])
-        if not (self.mixup or self.cutmix):
-            yield from loaded
+        rows = torch.cat([torch.arange(0), *positions])  # none, for a run stopped after the last step of an epoch
+        params = augment.random_params(len(self.targets), self.args.seed, epoch).rows(rows)
+        batches = self.load(params, [len(batch) for batch in positions])
+        if not self.mixes:
+            yield from batches
             return
-        mixes = augment.draw_mixes(len(self), self.seed, epoch, self.mixup, self.cutmix)
-        shares, boxes = mixes.share.to(self.device), mixes.box.tolist()
-        for step, (inputs, targets) in enumerate(loaded, first_step):
-            yield augment.mix(inputs, shares[step], boxes[step]), targets[1:], targets[:-1], shares[step]
+        mix = augment.random_mix_params(len(self), self.args.seed, epoch, self.args.mixup, self.args.cutmix)
+        lam, boxes = mix.lam.to(self.device), mix.box.tolist()
+        for step, (inputs, targets) in enumerate(batches, first_step):
+            yield augment.mix(inputs, lam[step], boxes[step]), targets[1:], targets[:-1], lam[step]
 
-    def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets for consecutive rows of `draws`, `sizes` many at a time."""
+    def load(self, params: augment.Params, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and targets of consecutive rows of `params`, `sizes[i]` rows for batch i."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """End what the loader has started."""
+        """Stop the worker processes, if there are any."""
 
 
 class DeviceLoader(Loader):
-    """The whole set as bytes in the device's memory; batches are cut, mirrored and normalised there."""
+    """Keeps the whole set in device memory as bytes; batches are cropped, flipped and normalized there."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
 
-    def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        on_device = augment.Draws(*(field.to(self.device) for field in draws))  # once an epoch: some megabytes
+    def load(self, params: augment.Params, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        on_device = augment.Params(*(field.to(self.device) for field in params))  # once an epoch, a few megabytes
         start = 0
         for block in (sizes[i:i + BATCHES_PER_BLOCK] for i in range(0, len(sizes), BATCHES_PER_BLOCK)):
             rows = slice(start, start + sum(block))
             chosen, start = on_device.rows(rows), rows.stop
-            images = augment.crop_and_flip(self.images, chosen) if self.augment else self.images[chosen.index]
-            if self.trivial:  # the draws on the CPU group the images, without a wait for the device
-                images = trivial_augment.transform(images, draws.operation[rows], draws.strength[rows])
+            images = augment.crop_and_flip(self.images, chosen) if self.args.augment else self.images[chosen.index]
+            if self.args.trivial_augment:  # the table on the CPU sorts the images without synchronizing
+                images = trivial_augment.transform(images, params.operation[rows], params.strength[rows])
             targets = self.targets[chosen.index].split(block)
-            for part, labels in zip(images.split(block), targets, strict=True):
-                yield augment.to_input(part, self.normalize), labels
+            for batch, labels in zip(images.split(block), targets, strict=True):
+                yield augment.to_input(batch, self.args.normalize), labels
 
 
 class WorkersLoader(Loader):
-    """The published way: torchvision's transforms, image by image, in a DataLoader's worker processes.
+    """The published way: torchvision's transforms, image by image, in `workers` processes (0: in this one)."""
 
-    Args:
-        workers: Worker processes; at most the number of cores is used.
-        start_method: Of the workers: fork, spawn or forkserver; None is the platform's default.
-    """
-
-    def __init__(self, *args, workers: int = 16, start_method: str | None = None, **kwargs):
+    def __init__(self, *args, workers: int, start_method: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        workers = min(workers, count_cores())
-        context = multiprocessing.get_context(start_method) if workers else None
-        self.batches: list[list[tuple]] = []  # a sampler: it hands each image's draws to the workers, so that they
-        # need to know of no epoch; filled anew for every one
+        # A batch sampler that is refilled every epoch. It hands each image's random parameters to the workers, which
+        # therefore need no epoch or random state of their own.
+        self.batches: list[list[tuple]] = []
         self.loader = DataLoader(
-            ImageDataset(self.images, self.targets, self.augment, self.normalize, self.trivial),
-            batch_sampler=self.batches, num_workers=workers, persistent_workers=workers > 0,
-            multiprocessing_context=context, worker_init_fn=ignore_signals, collate_fn=collate,
-            generator=torch.Generator(),  # for its seeds, which nobody uses: the run's own state must not move
+            ImageDataset(self.images, self.targets, self.args), batch_sampler=self.batches, num_workers=workers,
+            persistent_workers=workers > 0, collate_fn=collate, worker_init_fn=ignore_signals,
+            multiprocessing_context=multiprocessing.get_context(start_method) if workers else None,
+            generator=torch.Generator(),  # for worker seeds, which nothing uses: leave the run's generator alone
             pin_memory=self.device.type == "cuda")
 
-    def load(self, draws: augment.Draws, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        rows = zip(*(field.tolist() for field in draws), strict=True)
+    def load(self, params: augment.Params, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = zip(*(field.tolist() for field in params), strict=True)
         self.batches[:] = [list(itertools.islice(rows, size)) for size in sizes]
         for inputs, targets in self.loader:
             yield (inputs.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
                    targets.to(self.device, non_blocking=True))
 
     def close(self) -> None:
-        if self.loader._iterator is not None:  # there is no public way; left to the garbage collector, which may
-            self.loader._iterator._shutdown_workers()  # take the queues first, each worker lives on for 5 s
+        iterator = self.loader._iterator  # there is no public way to stop persistent workers
+        if iterator is not None:
+            workers = list(iterator._workers)
+            iterator._shutdown_workers()
+            for worker in workers:
+                if worker.is_alive():  # a stuck one; it ignores SIGTERM, and would block the exit
+                    worker.kill()
+
+
+def build_loader(split: Split, args: Namespace, device: torch.device, world: World) -> Loader:
+    """Build the loader that `--workers` selects; the ranks of a machine share its cores."""
+    if args.workers == 0:
+        return DeviceLoader(split, args, device, world)
+    workers = min(args.workers, max(1, count_cores() // world.local_size))
+    return WorkersLoader(split, args, device, world, workers=workers)
 
 
 class ImageDataset(Dataset):
-    """Transform single images by torchvision, with the draws handed in."""
+    """Transforms single images by torchvision, with random parameters handed in."""
 
-    def __init__(self, images: Tensor, targets: Tensor, augment: bool, normalize: bool, trivial: bool):
-        self.images, self.targets = images, targets
-        self.augment, self.normalize, self.trivial = augment, normalize, trivial
+    def __init__(self, images: Tensor, targets: Tensor, args: Namespace):
+        self.images, self.targets, self.args = images, targets, args
 
-    def __getitem__(self, draw: tuple) -> tuple[Tensor, Tensor]:
-        index, top, left, flip, operation, strength = draw
+    def __getitem__(self, params: tuple) -> tuple[Tensor, Tensor]:
+        index, top, left, flip, operation, strength = params
         image = transforms.to_pil_image(self.images[index].numpy())
-        if self.augment:
+        if self.args.augment:
             image = transforms.pad(image, augment.PADDING, padding_mode="reflect")
             image = transforms.crop(image, top, left, augment.SIZE, augment.SIZE)
             image = transforms.hflip(image) if flip else image
-        if self.trivial:
+        if self.args.trivial_augment:
             image = trivial_augment.transform_one(transforms.pil_to_tensor(image), operation, strength)
             image = transforms.convert_image_dtype(image)
         else:
             image = transforms.to_tensor(image)
-        return transforms.normalize(image, augment.MEAN, augment.STD) if self.normalize else image, self.targets[index]
-
-
-def count_cores() -> int:
-    """Count the cores that this process may use: a queue or a container may give it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.args.normalize:
+            image = transforms.normalize(image, augment.MEAN, augment.STD)
+        return image, self.targets[index]
 
 
 def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stack a batch, which has no image where there are more processes than images left."""
+    """Stack a batch; it can be empty where there are more ranks than images left."""
     if not items:
         return torch.empty(0, 3, augment.SIZE, augment.SIZE), torch.empty(0, dtype=torch.int64)
     images, targets = zip(*items, strict=True)
@@ -356,6 +264,6 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def ignore_signals(_: int) -> None:
-    """Leave a job's signals to the main process, which finishes its step and then ends the workers."""
-    for number in SIGNALS:
+    """Leave a job's signals to the main process, which finishes its step and then stops the workers."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,194 +1,195 @@
-"""What a trained network is worth: its logits, their scores, a report per class, and pictures of its mistakes."""
+"""Score a network: logits, loss, accuracy, precision, recall, calibration. As a program: those of a checkpoint."""
 
+from utils import exit_on_signals, run_program
+
+if __name__ == "__main__":
+    exit_on_signals()  # before torch is imported, which takes seconds
+
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import batches
+import cifar10
 import data
-import device as devices
+import hardware
 import models
 import options
 import plots
 from augment import to_input
-from utils import Processes, UserError, check_weights, load_checkpoint, say
+from checkpoint import load_checkpoint, load_weights
+from distributed import World
+from utils import UserError, check_output, print_line
 
 BATCH_SIZE = 1000
-CPU_BATCH_SIZE = 125  # a third faster there: what a layer leaves stays in the caches for the next one
+CPU_BATCH_SIZE = 125  # a third faster there: the activations of a layer stay in the cache for the next one
 CALIBRATION_BINS = 15
 
 
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
 @torch.inference_mode()
-def predict_logits(model: nn.Module, images: Tensor, device: torch.device, precision: str = "fp32",
-                   normalize: bool = True, tta: bool = False, processes: Processes | None = None) -> Tensor:
-    """Run a network over images, in evaluation mode; every process of several takes its share of the batches.
+def predict_logits(model: nn.Module, images: Tensor, device: torch.device | str, precision: str = "fp32",
+                   normalize: bool = True, tta: bool = False, world: World | None = None) -> Tensor:
+    """Run a network over images in evaluation mode; the ranks of `world` share the batches, and all get the result.
 
     Args:
-        model: On `device`; left in the mode that it was in.
-        images: (N, 32, 32, 3) uint8, anywhere.
-        device: Where to compute.
-        precision: fp32, bf16 or fp16.
-        normalize: As the network was trained.
-        tta: Average the probabilities over each image and its mirror image.
-        processes: Those that share the work; all of them get the whole result.
+        images: (N, 32, 32, 3) uint8, on any device.
+        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip.
 
     Returns:
-        (N, 10) float32 on `device`; with `tta` log-probabilities, which softmax leaves as they are.
+        (N, 10) float32 on `device`; with `tta` log-probabilities.
     """
-    processes = processes or Processes()
+    world, device = world or World(), torch.device(device)
     training = model.training
     model.eval()
     outputs = torch.zeros(len(images), 10, device=device)
-    size = min(BATCH_SIZE, CPU_BATCH_SIZE) if device.type == "cpu" else BATCH_SIZE
-    for start in range(processes.rank * size, len(images), processes.size * size):
+    size = CPU_BATCH_SIZE if device.type == "cpu" else BATCH_SIZE
+    for start in range(world.rank * size, len(images), world.size * size):
         inputs = to_input(images[start:start + size].to(device), normalize)
-        with devices.autocast(device, precision):
+        with hardware.autocast(device, precision):
             logits = model(inputs).float()
             if tta:
-                mirrored = model(inputs.flip(3)).float()
-                probabilities = (logits.softmax(1) + mirrored.softmax(1)) / 2
+                probabilities = (logits.softmax(1) + model(inputs.flip(3)).float().softmax(1)) / 2
                 logits = probabilities.clamp_min(1e-30).log()
         outputs[start:start + size] = logits
     model.train(training)
-    return processes.sum(outputs)
+    return world.sum(outputs)
 
 
-def score(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Return the mean loss and the accuracy in percent of logits (N, 10) against targets (N,)."""
+def score(logits: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Return mean loss (nats) and accuracy (percent) of logits (N, 10) and targets (N,)."""
     targets = targets.to(logits.device)
-    return {"loss": F.cross_entropy(logits, targets).item(),
-            "accuracy": 100 * (logits.argmax(1) == targets).sum().item() / len(targets)}
+    correct = (logits.argmax(1) == targets).sum().item()
+    return F.cross_entropy(logits, targets).item(), 100 * correct / len(targets)
 
 
 def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
-    """Count (10, 10) int64 on the CPU: rows are the true classes, columns the predicted ones."""
+    """Count (10, 10) int64 on the CPU: rows are true classes, columns predicted ones."""
     pairs = targets.to(logits.device) * 10 + logits.argmax(1)
     return torch.bincount(pairs, minlength=100).view(10, 10).cpu()
 
 
-def per_class(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return count, precision, recall and one-against-rest accuracy of each class, in percent.
-
-    A precision or recall of no image at all is None.
-    """
-    total, rows = int(confusion.sum()), []
+def per_class(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return count, precision and recall (percent) of each class; None where there is no image."""
+    confusion, rows = confusion_matrix(logits, targets), []
     for i, name in enumerate(classes):
-        hits, count, guesses = int(confusion[i, i]), int(confusion[i].sum()), int(confusion[:, i].sum())
-        rows.append({"class": name, "count": count,
-                     "precision": 100 * hits / guesses if guesses else None,
-                     "recall": 100 * hits / count if count else None,
-                     "accuracy": 100 * (total - count - guesses + 2 * hits) / total})
+        correct, count, predicted = int(confusion[i, i]), int(confusion[i].sum()), int(confusion[:, i].sum())
+        rows.append({"class": name, "count": count, "precision": 100 * correct / predicted if predicted else None,
+                     "recall": 100 * correct / count if count else None})
     return rows
 
 
 def calibration_error(logits: Tensor, targets: Tensor) -> float:
     """Return the expected calibration error in percent, over 15 bins of confidence (arXiv 1706.04599)."""
-    confidence, guess = logits.float().softmax(1).max(1)
-    hits = (guess == targets.to(logits.device)).float()
+    confidence, prediction = logits.float().softmax(1).max(1)
+    correct = (prediction == targets.to(logits.device)).float()
     bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    gaps = torch.zeros(CALIBRATION_BINS, device=logits.device).index_add_(0, bins, confidence - hits)
+    gaps = torch.zeros(CALIBRATION_BINS, device=logits.device).index_add_(0, bins, confidence - correct)
     return 100 * gaps.abs().sum().item() / len(targets)
 
 
-def report(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> dict[str, Any]:
-    """Collect what results.json says of a set of images: per class, and calibration."""
-    return {"per_class": per_class(confusion_matrix(logits, targets), classes),
-            "calibration_error": calibration_error(logits, targets)}
+def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
+    """Draw confusion.png, and the most confident mistakes as mistakes.png."""
+    split, logits = split.to("cpu"), logits.cpu()
+    plots.draw_confusion(confusion_matrix(logits, split.targets).numpy(), split.classes, folder / "confusion.png")
+    confidence, prediction = logits.softmax(1).max(1)
+    wrong = (prediction != split.targets).nonzero()[:, 0]
+    worst = wrong[confidence[wrong].argsort(descending=True)][:36]
+    plots.draw_mistakes(split.images[worst].numpy(), split.targets[worst].numpy(), prediction[worst].numpy(),
+                        confidence[worst].numpy(), split.classes, folder / "mistakes.png")
 
 
-def format_report(found: dict[str, Any]) -> str:
-    """Lay a report out as a table for the terminal; in percent."""
-    lines = [f"{'class':<12}{'images':>8}{'precision':>11}{'recall':>9}{'one-vs-rest':>13}"]
-    for row in found["per_class"]:
-        cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("precision", "recall", "accuracy"))
-        lines.append("{:<12}{:>8}{:>11}{:>9}{:>13}".format(row["class"], row["count"], *cells))
-    return "\n".join([*lines, f"expected calibration error {found['calibration_error']:.2f} %"])
+# --- a checkpoint ----------------------------------------------------------------------------------------------------
 
 
-# --- a checkpoint on the test set ------------------------------------------------------------------------------------
+class CheckpointInfo(NamedTuple):
+    """What a checkpoint says about its network."""
+
+    classes: list[str]
+    normalize: bool
+    args: dict[str, Any]  # settings of its training; empty for a published checkpoint
 
 
-def load_model(path: str | Path, device: torch.device, given: dict[str, Any] | None = None
-               ) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the network that a checkpoint was trained with, and load it; a published checkpoint is the default one.
+def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
+    """Build the network of a checkpoint, in evaluation mode, with its averaged weights if it has them.
 
-    Args:
-        path: A best.pt or last.pt, or a checkpoint of the published code.
-        device: Where the network is wanted.
-        given: Flags from the command line; they may say what the checkpoint does not, and must not contradict it.
-
-    Returns:
-        The network in evaluation mode, and `classes`, `normalize` and `args` of its training.
-
-    Raises:
-        UserError: The file is no such checkpoint.
+    `path` is best.pt or last.pt of a run, or a checkpoint of the published code. The network takes images as
+    `augment.to_input` returns them.
     """
-    checkpoint, given = load_checkpoint(path), given or {}
-    saved = checkpoint["args"]
-    options.check_saved(saved, path)
-    options.refuse_changes(given, saved, (*options.MODEL_FLAGS, "normalize"), "leave it out")
-    weights = checkpoint.get("ema") or checkpoint["model"]  # the former of a last.pt
+    checkpoint = load_checkpoint(path)
+    args = checkpoint["args"]
     try:
-        with torch.device("meta"):  # where a network takes no memory, however large the file says that it is
-            model = models.SEResNet(**options.model_args({**given, **saved}))
-    except (TypeError, ValueError, RuntimeError) as error:  # the last is torch's, for sizes beyond its integers
-        raise UserError(f"checkpoint {path} does not say what network it is of ({error})") from error
-    check_weights(model, weights, path)
-    model.to_empty(device=device).load_state_dict(weights)
-    info = {"classes": checkpoint.get("classes", list(batches.CLASSES)),
-            "normalize": saved.get("normalize", given.get("normalize", True)), "args": saved}
+        model = models.SEResNet(**options.model_args(args))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not describe a network ({error})") from error
+    load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
+    info = CheckpointInfo(checkpoint.get("classes", list(cifar10.CLASSES)), args.get("normalize", True), args)
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
 
-def check_classes(path: str | Path, classes: Sequence[str], shown: Sequence[str]) -> None:
-    """Refuse images of other classes than a checkpoint was trained on.
-
-    Raises:
-        UserError: With both.
-    """
-    if list(classes) != list(shown):
-        raise UserError(f"checkpoint {path} knows the classes {', '.join(map(ascii, classes)):.200}, but the images "
-                        f"show {', '.join(map(ascii, shown)):.200}; give --synthetic as in training, or leave it out")
+def use_data_of(info: CheckpointInfo, args: Namespace, given: dict[str, Any]) -> None:
+    """Take the kind of images and their folder from a checkpoint where the command line does not name them."""
+    args.synthetic = given.get("synthetic", info.args.get("synthetic", False))
+    folder = info.args.get("data_dir", args.data_dir)  # relative to where the training ran
+    there = (Path(folder) / data.SYNTHETIC_FOLDER).is_dir() if args.synthetic else cifar10.find_folder(folder)
+    if "data_dir" not in given and there:
+        args.data_dir = folder
 
 
-def run_evaluate(args: Namespace, given: dict[str, Any]) -> None:
-    """Print accuracy, loss and the per-class report of `--checkpoint` on the test set; draw pictures if asked to."""
-    device = devices.pick_device(args.device)
-    devices.set_up_backend(device, args.deterministic)
-    model, info = load_model(args.checkpoint, device, given)
-    test = data.load_split(args.data_dir, data.TEST_FILES, args.synthetic, args.download, args.limit_test)
-    check_classes(args.checkpoint, info["classes"], test.classes)
-    logits = predict_logits(model, test.images, device, devices.pick_precision(args.precision, device),
-                            info["normalize"], args.tta)
-    found = score(logits, test.targets)
-    say(f"{args.checkpoint}: test accuracy {found['accuracy']:.2f} %, loss {found['loss']:.4f}, "
-        f"{len(test.targets):,} images" + (", with mirror images" if args.tta else ""))
-    say(format_report(report(logits, test.targets, test.classes)))
-    if args.output:
-        draw_pictures(Path(args.output), logits, test)
-        say(f"pictures in {args.output}")
+def build_parser() -> options.Parser:
+    """Build the parser of evaluate.py."""
+    parser = options.Parser("evaluate.py", "CHECKPOINT [flags]", "Print the test accuracy of a checkpoint.",
+                            ["python evaluate.py checkpoints/pretrained.pt --tta",
+                             "python evaluate.py checkpoints/se-resnet/best.pt --output-dir report"])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or a published one")
+    flag = parser.group("output")
+    flag("--output-dir", None, "also draw confusion.png and mistakes.png into this folder", metavar="DIR")
+    flag("--tta", False, "average the predictions of each image and its horizontal flip")
+    options.add_data_flags(parser, ("data_dir", "synthetic", "limit_test"))
+    options.add_hardware_flags(parser, ("device", "precision"))
+    return parser
 
 
-def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
-    """Draw confusion.png, and the most confident errors as mistakes.png.
+def run(argv: Sequence[str] | None = None) -> int:
+    """Evaluate the checkpoint that a command line names; return the exit status."""
+    args, given = build_parser().parse(argv)
+    device = hardware.select_device(args.device)
+    hardware.set_up_backend(device)
+    model, info = load_checkpoint_model(args.checkpoint, device)
+    if args.output_dir:
+        check_output(Path(args.output_dir) / "confusion.png")
+    use_data_of(info, args, given)
+    test = data.load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
+    if info.classes != test.classes:
+        raise UserError(f"{args.checkpoint} was trained on {', '.join(info.classes)}, but the images show "
+                        f"{', '.join(test.classes)}; check --synthetic and --data-dir")
+    logits = predict_logits(model, test.images, device, hardware.select_precision(args.precision, device),
+                            info.normalize, args.tta)
+    loss, accuracy = score(logits, test.targets)
+    print_line(f"{args.checkpoint}: test accuracy {accuracy:.2f} %, loss {loss:.4f}, {len(test.targets):,} images"
+               + (", averaged over horizontal flips" if args.tta else ""))
+    print_line(f"{'class':<12}{'images':>8}{'precision':>11}{'recall':>9}")
+    for row in per_class(logits, test.targets, test.classes):
+        cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("precision", "recall"))
+        print_line("{:<12}{:>8}{:>11}{:>9}".format(row["class"], row["count"], *cells))
+    print_line(f"expected calibration error {calibration_error(logits, test.targets):.2f} %")
+    if args.output_dir:
+        draw_pictures(Path(args.output_dir), logits, test)
+        print_line(f"confusion.png and mistakes.png are in {args.output_dir}")
+    return 0
 
-    Raises:
-        UserError: The folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be made ({error.strerror})") from error
-    split = split._replace(images=split.images.cpu(), targets=split.targets.cpu())
-    plots.safely(plots.draw_confusion, confusion_matrix(logits, split.targets).numpy(), split.classes,
-                 folder / "confusion.png")
-    confidence, guess = (tensor.cpu() for tensor in logits.softmax(1).max(1))
-    wrong = (guess != split.targets).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True)][:36]
-    plots.safely(plots.draw_mistakes, split.images[worst].numpy(), split.targets[worst].numpy(),
-                 guess[worst].numpy(), confidence[worst].numpy(), split.classes, folder / "mistakes.png")
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    return run_program("evaluate.py", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

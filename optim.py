@@ -1,18 +1,20 @@
-"""Optimisers and learning rate schedules."""
+"""Optimizers, learning-rate schedules, and the moving average of the weights."""
 
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# Each with the lr that --lr stands for when it is not given.
+# Each with its default learning rate.
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, 0.1),
     "adam": (torch.optim.Adam, 1e-3),
     "adamw": (torch.optim.AdamW, 1e-3),
-    "rmsprop": (torch.optim.RMSprop, 1e-4),  # with momentum 0.9 a step is ten times that
+    "rmsprop": (torch.optim.RMSprop, 1e-4),  # with momentum 0.9 a step is ten times as long
     "adagrad": (torch.optim.Adagrad, 1e-2),
     "adadelta": (torch.optim.Adadelta, 1.0),
 }
@@ -22,27 +24,27 @@ SCHEDULERS = ("cosine", "onecycle", "constant")
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, momentum: float, nesterov: bool,
                     weight_decay: float) -> torch.optim.Optimizer:
-    """Make an optimiser, in the fused form where torch has one for the parameters' device."""
+    """Build an optimizer, fused where torch has a fused form for the parameters' device."""
     parameters = list(parameters)
     settings = {"lr": lr, "weight_decay": weight_decay}
     if name in USES_MOMENTUM:
         settings["momentum"] = momentum
     if name == "sgd":
         settings["nesterov"] = nesterov
-    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; elsewhere torch picks foreach where it can
+    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; for the others torch picks foreach
         settings["fused"] = parameters[0].device.type in ("cuda", "cpu")
     optimizer = OPTIMIZERS[name][0](parameters, **settings)
-    if name == "sgd" and momentum:  # torch's fused form leaves them unwritten if fp16 overflows in the first step
+    if name == "sgd" and momentum:  # torch's fused form leaves them unset if fp16 overflows in the first step
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) -> float:
-    """Return what the lr is multiplied by at a step, 0 <= step <= total_steps.
+    """Return the factor of the learning rate at a step, 0 <= step <= total_steps.
 
-    `cosine` is SGDR's single period (arXiv 1608.03983): at the epoch boundaries the values of CosineAnnealingLR
-    stepped by epoch, and 0 at the end.
+    `cosine` is one period of SGDR (arXiv 1608.03983): at the epoch boundaries it equals CosineAnnealingLR stepped by
+    epoch, and it ends at 0.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -53,10 +55,10 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, scheduler: str) ->
 
 def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch: int, epochs: int,
                     warmup_epochs: float) -> lr_scheduler.LRScheduler:
-    """Make the schedule; it is stepped after every optimiser step.
+    """Build the schedule, to be stepped after every optimizer step.
 
-    `onecycle` is torch's (arXiv 1708.07120) at its defaults: the lr rises from 1/25 to 1 over 30 % of the steps and
-    falls to 1/250000, while momentum (or Adam's first beta) falls from 0.95 to 0.85 and rises again.
+    `onecycle` is torch's OneCycleLR (arXiv 1708.07120) with its defaults: the learning rate rises from 1/25 to 1 over
+    30 % of the steps and falls to 1/250000, while momentum (Adam's beta1) falls from 0.95 to 0.85 and rises again.
     """
     total = epochs * steps_per_epoch
     if name == "onecycle":
@@ -65,5 +67,27 @@ def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch
     else:
         warmup = min(round(warmup_epochs * steps_per_epoch), total - 1)
         scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, warmup, name))
-    optimizer.step()  # no gradients, no effect; or torch would warn where fp16 skips the very first step
+    optimizer.step()  # no gradients, no effect; otherwise torch warns where fp16 skips the very first step
     return scheduler
+
+
+def schedule_lrs(name: str, lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> np.ndarray:
+    """Return the learning rate at every step of a whole run, (epochs * steps_per_epoch,) float64, for plots."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr, momentum=0.9)
+    scheduler = build_scheduler(optimizer, name, steps_per_epoch, epochs, warmup_epochs)
+    lrs = np.empty(epochs * steps_per_epoch)
+    for step in range(len(lrs)):
+        lrs[step] = scheduler.get_last_lr()[0]
+        scheduler.step()
+    return lrs
+
+
+def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move averaged weights and batch norm statistics toward the current ones after step `step` (0, 1, ...).
+
+    The decay warms up as min(decay, (1 + step) / (10 + step)), so that the random initial weights are soon forgotten
+    (TensorFlow's `ExponentialMovingAverage(num_updates=step)`). AveragedModel would wait for a GPU twice a step.
+    """
+    averaged, current = ([tensor for tensor in (*network.parameters(), *network.buffers())
+                          if tensor.is_floating_point()] for network in (ema_model, model))
+    get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averaged, current, None)

@@ -1,107 +1,170 @@
-"""Labels for images that have none: hidden test sets, as pickles or as pictures, and the CSV file of the answers."""
+"""Label images: a pickled test set without labels, or image files. From Python: `load_model`."""
+
+from utils import exit_on_signals, run_program
+
+if __name__ == "__main__":
+    exit_on_signals()  # before torch is imported, which takes seconds
 
 import csv
 import io
+import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor, nn
 
-import batches
-import device as devices
-from augment import SIZE
-from evaluate import load_model, predict_logits
-from utils import UserError, say, write_text
+import cifar10
+import hardware
+import options
+from augment import MEAN, SIZE, STD
+from evaluate import load_checkpoint_model, predict_logits
+from utils import UserError, check_output, print_line, warn, write_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-MAX_PIXELS = 50_000_000  # of one image file: a small file can claim to be a huge picture
 
 
-def run_predict(args: Namespace, given: dict[str, Any]) -> None:
-    """Label the images of `--predict` and write them as a CSV file."""
-    device = devices.pick_device(args.device)
-    devices.set_up_backend(device, args.deterministic)
-    model, info = load_model(args.checkpoint, device, given)
-    pictures = find_pictures(args.predict)
-    if pictures:
-        images, ids = np.stack([read_picture(path) for path in pictures]), None
-    else:
-        images, ids = read_pickles(args.predict)
-    logits = predict_logits(model, torch.from_numpy(images), device, devices.pick_precision(args.precision, device),
-                            info["normalize"], args.tta)
-    confidence, guess = (tensor.tolist() for tensor in logits.softmax(1).max(1))
-    if pictures:
-        rows = [("path", "class", "probability"), *((str(path), info["classes"][label], f"{probability:.4f}")
-                for path, label, probability in zip(pictures, guess, confidence, strict=True))]
-    else:
-        rows = [("ID", "Labels"), *zip(ids.tolist(), guess, strict=True)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    try:
-        write_text(args.output, text.getvalue())
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be written ({error.strerror})") from error
-    say(f"{len(guess):,} labels in {args.output}")
+class FromUnitRange(nn.Module):
+    """A network with its normalization: takes (N, 3, 32, 32) floats in [0, 1], returns logits (N, 10)."""
+
+    def __init__(self, model: nn.Module, normalize: bool = True):
+        super().__init__()
+        self.model = model
+        mean, std = (MEAN, STD) if normalize else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
 
 
-def find_pictures(paths: Sequence[str]) -> list[Path]:
-    """List the PNG and JPEG files among paths and in folders; none if the paths are pickles.
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, list[str]]:
+    """Load the network of a checkpoint, in evaluation mode and with its normalization.
 
-    Raises:
-        UserError: Nothing is there, a folder holds no picture, or pictures and pickles are mixed.
+    Returns:
+        The network, from (N, 3, 32, 32) float32 in [0, 1] to logits (N, 10), and the class names.
     """
-    pictures, others = [], []
+    model, info = load_checkpoint_model(path, device)
+    return FromUnitRange(model, info.normalize).to(device).eval(), info.classes
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a PNG or JPEG file as (32, 32, 3) uint8, upright and resized."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file can claim a huge image
+            image = Image.open(path, formats=("PNG", "JPEG"))
+        with image:
+            if image.mode.startswith("I"):  # 16-bit gray, which convert would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)  # phones store photos sideways, with a note to turn them
+            if image.size != (SIZE, SIZE):
+                image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"{path} is not a readable PNG or JPEG image ({error})") from error
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """List the PNG and JPEG files among paths and in folders; empty if the paths are pickles."""
+    images, others = [], []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"--predict {path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not found:
-                raise UserError(f"--predict {path}: the folder holds no {', '.join(IMAGE_SUFFIXES)} file")
-            pictures += found
+                raise UserError(f"{path}: the folder has no {', '.join(IMAGE_SUFFIXES)} file")
+            images += found
+        elif path.suffix.lower() in IMAGE_SUFFIXES or path.read_bytes()[:1] != b"\x80":  # how a pickle starts
+            images.append(path)  # GIF, WebP and others will be refused as images
         else:
-            (pictures if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
-    if pictures and others:
-        raise UserError(f"--predict {others[0]} is a pickle and {pictures[0]} a picture, which are labelled in two "
-                        "forms; give one kind at a time")
-    return pictures
+            others.append(path)
+    if images and others:
+        raise UserError(f"{others[0]} is a pickle and {images[0]} an image file; their output differs, so label one "
+                        "kind at a time")
+    return images
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read a PNG or JPEG file as (32, 32, 3) uint8, resized if need be.
-
-    Raises:
-        UserError: It is no such file, is damaged, or claims too many pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            image = Image.open(path, formats=("PNG", "JPEG"))
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path} has {image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.size != (SIZE, SIZE):
-                image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, …
-        raise UserError(f"{path} cannot be read as a PNG or JPEG picture ({error})") from error
+def label_images(paths: list[Path], model: nn.Module, classes: list[str], **settings) -> tuple[list[tuple], int]:
+    """Label image files; return the rows of the CSV file, and how many files could not be read."""
+    images, readable = [], []
+    for path in paths:
+        try:
+            images.append(read_image(path))
+            readable.append(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            warn(f"skipped: {error}")
+    rows = [("path", "class", "probability")]
+    if images:
+        logits = predict_logits(model, torch.from_numpy(np.stack(images)), **settings)
+        for path, confidence, label in zip(readable, *(t.tolist() for t in logits.softmax(1).max(1)), strict=True):
+            rows.append((str(path), classes[label], f"{confidence:.4f}"))
+    return rows, len(paths) - len(readable)
 
 
-def read_pickles(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read pickled images and their ids; where a file has none they are counted on from 0."""
+def label_pickles(paths: Sequence[str], model: nn.Module, **settings) -> list[tuple]:
+    """Label pickled images; return the rows of the CSV file. Files without ids are numbered from 0."""
     images, ids, count = [], [], 0
     for path in paths:
-        found, found_ids = batches.read_unlabelled(path)
+        found, found_ids = cifar10.read_unlabelled(path)
         images.append(found)
         ids.append(np.arange(count, count + len(found)) if found_ids is None else found_ids)
         count += len(found)
-    return np.concatenate(images), np.concatenate(ids)
+    logits = predict_logits(model, torch.from_numpy(np.concatenate(images)), **settings)
+    return [("ID", "Labels"), *zip(np.concatenate(ids).tolist(), logits.argmax(1).tolist(), strict=True)]
+
+
+def build_parser() -> options.Parser:
+    """Build the parser of predict.py."""
+    parser = options.Parser("predict.py", "CHECKPOINT IMAGES... [flags]", "Label images.",
+                            ["python predict.py checkpoints/pretrained.pt photo.png folder/",
+                             "python predict.py checkpoints/run/best.pt cifar_test_nolabel.pkl --output labels.csv"])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or a published one")
+    parser.add_argument("images", metavar="IMAGES", nargs="+", help="PNG or JPEG files, folders of them, or a pickled "
+                        "test set without labels")
+    flag = parser.group("output")
+    flag("--output", "-", "CSV file to write; - prints it", metavar="CSV")
+    flag("--tta", False, "average the predictions of each image and its horizontal flip")
+    options.add_hardware_flags(parser, ("device", "precision"))
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Label the images that a command line names; return the exit status."""
+    args, _ = build_parser().parse(argv)
+    device = hardware.select_device(args.device)
+    hardware.set_up_backend(device)
+    if args.output != "-":
+        check_output(args.output)
+    paths = find_images(args.images)
+    model, info = load_checkpoint_model(args.checkpoint, device)
+    settings = {"device": device, "precision": hardware.select_precision(args.precision, device),
+                "normalize": info.normalize, "tta": args.tta}
+    rows, failed = label_images(paths, model, info.classes, **settings) if paths else (
+        label_pickles(args.images, model, **settings), 0)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    if args.output == "-":
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # like the file: names may be any bytes
+        print_line(text.getvalue().rstrip("\n"))
+    else:
+        write_text(args.output, text.getvalue())
+        print_line(f"{len(rows) - 1:,} labels in {args.output}", sys.stderr)  # stdout may be the output
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} images could not be read")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    return run_program("predict.py", lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,320 +1,423 @@
-"""Train, resume, evaluate, predict with and summarise the SE-ResNet on CIFAR-10: `python train.py --help`."""
+"""Train the SE-ResNet on CIFAR-10, or resume a run: `python train.py --help`. Functions stand in order of use."""
+
+from utils import exit_on_signals, run_program
+
+if __name__ == "__main__":
+    exit_on_signals()  # before torch is imported, which takes seconds
 
 import contextlib
 import io
 import json
-import os
 import shlex
-import signal
+import statistics
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
-import device as devices
+import distributed
 import evaluate
+import hardware
 import models
 import options
-import predict
-from trainer import SPLIT_NAMES, RunError, Trainer, saved_args
-from utils import (
-    Processes,
-    RunFolder,
-    Signals,
-    UserError,
-    check_weights,
-    load_checkpoint,
-    load_run,
-    load_weights,
-    say,
-    start_processes,
-    warn,
-    write_text,
-)
+import plots
+from checkpoint import COLUMNS, RunFolder, TrainState, all_finite, find_run, load_checkpoint, load_weights, open_run
+from distributed import World
+from optim import schedule_lrs, update_ema
+from utils import RunError, Signals, print_line, warn, write_text
 
 
-def open_run(args: Namespace) -> tuple[RunFolder, Path | None]:
-    """Turn `--name` and `--resume` into a run folder, and the one file of it that is asked for, if any.
+@dataclass
+class Run:
+    """What a run works with and does not change; `TrainState` is what it changes."""
 
-    Raises:
-        UserError: `--resume PATH` is none of a run.
-    """
-    if args.resume in (None, "auto", "last"):
-        return RunFolder(Path(args.checkpoint_dir) / args.name), None
-    path = Path(args.resume)
-    if path.is_dir():
-        return RunFolder(path), None
-    if not path.exists() or path.name not in ("last.pt", "previous.pt"):
-        raise UserError(f"--resume {path}: there is no such run folder, or last.pt or previous.pt of one; for the "
-                        "weights of another file use --init")
-    return RunFolder(path.parent), path
+    args: Namespace
+    world: World
+    device: torch.device
+    precision: str
+    folder: RunFolder
+    loader: data.Loader
+    eval_split: data.Split  # evaluated every epoch; its accuracy selects best.pt
+    eval_name: str  # "val" or "test"
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    compiled_forward: Callable[..., tuple[Tensor, Tensor]] | None = None  # for full batches
+    environment: dict[str, Any] | None = None  # what exact continuation depends on
+    logits: Tensor | None = None  # of the last evaluation, for the pictures
+    warned: str = ""  # the last warning about a failed save
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the run computes on a CPU, where reading a result waits for no queue of kernels."""
+        return self.device.type == "cpu"
 
-def find_checkpoint(args: Namespace, folder: RunFolder, file: Path | None) -> dict[str, Any] | None:
-    """Read the checkpoint to go on from, and take its folder; None is a new run. Only on the first process.
+    @property
+    def selected_on(self) -> str:
+        """Name of the images that select the best epoch."""
+        return {"val": "validation", "test": "test"}[self.eval_name]
 
-    Raises:
-        UserError: The folder holds a run, or none, or a damaged one, or is in use.
-    """
-    if args.resume is None or (args.resume == "auto" and not folder.holds_checkpoint()):
-        refuse_overwriting(args, folder)
-        return None
-    if not folder.holds_checkpoint():
-        load_run(folder, file)  # says so, before the lock leaves a file in a folder that is no run's
-    folder.open()
-    checkpoint, path, errors = load_run(folder, file)
-    if errors:
-        warn(f"{errors[0]}; going on from {path}")
-    folder.last_is_good = path.name == folder.last.name
-    if checkpoint["best_accuracy"] is not None:
-        try:
-            if not {"epoch", "accuracy"} <= load_checkpoint(folder.best).keys():
-                raise UserError(f"{folder.best} is of no run")
-        except UserError as error:
-            warn(f"{error}; the best epoch is looked for from here on")
-            checkpoint["best_accuracy"] = None
-    return checkpoint
-
-
-def load_data(args: Namespace, processes: Processes) -> tuple[data.Split, data.Split | None, data.Split]:
-    """Read training, validation (or None) and test images; the first process of each machine goes ahead.
-
-    Raises:
-        UserError: The data are not there, damaged, or too few.
-    """
-    for is_turn in (processes.local_rank == 0, processes.local_rank != 0):  # so that one downloads or draws
-        if is_turn:
-            train = data.load_split(args.data_dir, data.TRAIN_FILES, args.synthetic, args.download, args.limit_train)
-            test = data.load_split(args.data_dir, data.TEST_FILES, args.synthetic, args.download, args.limit_test)
-        processes.gather(None)
-    train, val = data.hold_out(train, args.val_size) if args.val_size else (train, None)
-    if args.batch_size > len(train.targets):
-        raise UserError(f"--batch-size {args.batch_size} is larger than the training set of {len(train.targets)} "
-                        "images; choose a smaller one")
-    last_batch = (len(train.targets) - 1) % args.batch_size + 1
-    if len(args.num_blocks) > 5 and last_batch < 2 * processes.size:
-        raise UserError(f"--batch-size {args.batch_size} leaves a process one image of {len(train.targets)}, and after "
-                        f"{len(args.num_blocks)} layers it has one pixel: too few for batch norm; choose another")
-    return train, val, test
-
-
-def build_loader(args: Namespace, split: data.Split, device: torch.device, processes: Processes) -> data.Loader:
-    """Make the loader that `--loader` names."""
-    settings = (split, args.batch_size, device, args.seed, args.augment, args.normalize, args.trivial_augment,
-                args.mixup, args.cutmix, processes)
-    if args.loader == "workers":
-        return data.WorkersLoader(*settings, workers=args.workers)
-    return data.DeviceLoader(*settings)
-
-
-def set_up(args: Namespace, given: dict[str, Any], processes: Processes) -> tuple[Trainer, data.Split]:
-    """Check everything that can be checked, read the data, and build the run, new or resumed.
-
-    Raises:
-        UserError: Something is not as it must be.
-    """
-    folder, file = open_run(args)
-    checkpoint = processes.first_do(lambda: find_checkpoint(args, folder, file))
-    if checkpoint is None:
-        options.check_training(args, given)
-        build_model(args)  # before any file is touched
-    else:
-        args = options.merge_resumed(args, given, checkpoint["args"])
-    device = devices.pick_device(args.device, processes.local_rank)
-    devices.set_up_backend(device, args.deterministic)
-    torch.manual_seed(args.seed)
-    if checkpoint is not None:  # without memory first, as in evaluate.load_model
-        with torch.device("meta"):
-            check_weights(build_model(args), checkpoint["model"], folder.path)
-    model = build_model(args).to(device, memory_format=torch.channels_last)
-    if args.init and checkpoint is None:
-        load_weights(model, processes.first_do(lambda: load_checkpoint(args.init)["model"]), args.init)
-    train, val, test = load_data(args, processes)
-    val, test = (split and split._replace(images=split.images.to(device), targets=split.targets.to(device))
-                 for split in (val, test))
-    if checkpoint is None:
-        processes.first_do(lambda: start_folder(args, folder))
-    torch.manual_seed(args.seed + processes.rank)  # dropout differs between processes
-    trainer = Trainer(args, model, build_loader(args, train, device, processes), val or test,
-                      "test" if val is None else "val", folder, device, processes)
-    if args.compile if args.compile is not None else devices.can_compile(device):
-        trainer.compile()
-    if checkpoint is not None:
-        try:
-            trainer.load_state(checkpoint)
-        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"the checkpoint in {folder.path} does not fit together ({error!r:.200})") from error
-    return trainer, test
-
-
-def refuse_overwriting(args: Namespace, folder: RunFolder) -> None:
-    """Refuse to start a new run where one lies.
-
-    Raises:
-        UserError: There is one, and no `--overwrite`.
-    """
-    if args.overwrite:
-        return
-    if folder.holds_checkpoint():
-        raise UserError(f"{folder.path} holds a run; go on with it by --resume, replace it by --overwrite, "
-                        "or choose another --name")
-    # a run that was killed in its first save leaves best.pt alone: what starts by --resume auto starts again
-    if folder.holds_run() or (args.resume is None and folder.best.exists()):
-        raise UserError(f"{folder.path} holds what is left of a run, and no checkpoint to go on from; replace it by "
-                        "--overwrite, or choose another --name")
-
-
-def start_folder(args: Namespace, folder: RunFolder) -> None:
-    """Take the folder of a new run, now that all else is right, and remove what `--overwrite` replaces.
-
-    Raises:
-        UserError: It cannot be written, or is in use.
-    """
-    folder.open()
-    refuse_overwriting(args, folder)  # again: one may have begun, and stopped, while the data were read
-    folder.clear()
-    write_text(folder.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
-
-
-def build_model(args: Namespace) -> models.SEResNet:
-    """Build the network of the model flags.
-
-    Raises:
-        UserError: They make none, or one of more than `--max-params`.
-    """
-    try:
-        return models.build_model(**options.model_args(args), max_params=args.max_params)
-    except (ValueError, RuntimeError) as error:  # the latter is torch's, for sizes beyond its integers
-        raise UserError(str(error)) from error
-
-
-def train(args: Namespace, given: dict[str, Any]) -> int:
-    """Train a run, new or resumed, to its end or to a signal; return the exit status."""
-    if hasattr(signal, "SIGUSR1"):  # outside the loop there is nothing to save, and nothing to die of
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # a half download is cleaned up
-    trainer, test = set_up(args, given, start_processes())
-    with contextlib.closing(trainer.folder):
-        return train_to_end(trainer, test)
-
-
-def train_to_end(trainer: Trainer, test: data.Split) -> int:
-    """Train what `set_up` has built, and leave its results; return the exit status."""
-    processes = trainer.processes
-    if processes.is_first:
-        say(describe(trainer))
-    with Signals(quiet=not processes.is_first) as signals, contextlib.closing(trainer.loader):
-        while trainer.epoch < trainer.args.epochs:
-            if stop := trainer.train_epoch(signals):
-                return say_stopped(trainer, stop)
-            trainer.finish_epoch()
-        trainer.save()
-        if stop := int(processes.max(torch.tensor(signals.stop or 0))):  # it came in the last evaluation
-            return say_stopped(trainer, stop)
-        results = trainer.finish(test)
-        if processes.is_first:
-            evaluate.draw_pictures(trainer.folder.path, trainer.logits, test)
-            write_text(trainer.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-            say(describe_results(results, trainer.folder))
-    return 0
-
-
-def say_stopped(trainer: Trainer, stop: int) -> int:
-    """Say where a signal has stopped the run, and how to go on; return the exit status."""
-    if trainer.processes.is_first:
-        place = f"in epoch {trainer.epoch + 1} after step {trainer.step}"
-        say(f"stopped {place if trainer.epoch < trainer.args.epochs else 'after the last epoch'}, all saved; "
-            f"go on with: {resume_command(trainer.folder, trainer.processes)}")
-    return 128 + stop
-
-
-def describe(trainer: Trainer) -> str:
-    """Say in a few lines what is about to run."""
-    args, loader, environment = trainer.args, trainer.loader, trainer.environment()
-    compiled = ", compiled" if environment["compile"] else ""
-    several = f", {trainer.processes.size} processes" if trainer.processes.size > 1 else ""
-    begin = f"from epoch {trainer.epoch + 1}, step {trainer.step}" if trainer.epoch or trainer.step else "new"
-    return (f"device  {devices.describe(trainer.device)}, {trainer.precision}{compiled}{several}\n"
-            f"model   SE-ResNet {args.num_blocks}, {models.count_parameters(trainer.model):,} parameters\n"
-            f"data    {len(loader.targets):,} training and {len(trainer.held_out.targets):,} "
-            f"{SPLIT_NAMES[trainer.kind]} images"
-            f"{' (generated)' if args.synthetic else ''}, --loader {args.loader}\n"
-            f"recipe  {args.epochs} epochs of {len(loader)} steps, batch {args.batch_size}, {args.optimizer}, "
-            f"lr {args.lr:g}, {args.scheduler}\n"
-            f"run     {trainer.folder.path} ({begin})")
-
-
-def describe_results(results: dict[str, Any], folder: RunFolder) -> str:
-    """Say how a run ended, and how its best epoch was picked."""
-    last, best, test = (results[f"{name}_accuracy"] for name in ("last", "best", "test"))
-    note = ("the test set picked the best epoch, as in the paper, and so flatters it; --val-size picks without it"
-            if results["picked_by"] == "test" else
-            f"test accuracy of best.pt {test:.2f} %; the test set was looked at this once")
-    return (f"last {results['picked_by']} accuracy {last:.2f} %, best {best:.2f} % (epoch {results['best_epoch']})\n"
-            f"{note}\n{results['seconds'] / 60:.1f} minutes, {results['images_per_second']:.0f} images/s; "
-            f"weights, metrics and pictures in {folder.path}")
-
-
-def resume_command(folder: RunFolder, processes: Processes) -> str:
-    """Return the command that goes on with a run; on several machines, torchrun's own flags come to it."""
-    alone = processes.size == 1
-    launcher = "python" if alone else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{launcher} train.py --resume {shlex.quote(str(folder.path))}"
-
-
-def print_summary(args: Namespace) -> None:
-    """Print torchsummary's table of the network."""
-    from torchsummary import summary  # here alone, so that machines which only train can do without
-
-    with contextlib.redirect_stdout(io.StringIO()) as table:
-        summary(build_model(args).eval(), (3, 32, 32), device="cpu")
-    say(table.getvalue().rstrip())
-
-
-def run(args: Namespace, given: dict[str, Any]) -> int:
-    """Do what the command line asks for; return the exit status."""
-    if args.summary:
-        print_summary(args)
-    elif args.evaluate:
-        evaluate.run_evaluate(args, given)
-    elif args.predict:
-        predict.run_predict(args, given)
-    else:
-        return train(args, given)
-    return 0
+    def predict_logits(self, state: TrainState, split: data.Split) -> Tensor:
+        """Return the logits (N, 10) of a split, computed by all ranks together."""
+        return evaluate.predict_logits(state.eval_model, split.images, self.device, self.precision,
+                                       self.args.normalize, world=self.world)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return 0, 1 for a failed run, 2 for a user's mistake, or 128 and the signal that ended it."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started it, as with `2>&-`
-            setattr(sys, name, open(os.devnull, "w"))
+    """Run the program; return 0, 1 for a failed run, 2 for a user's mistake, 130 or 143 for an interrupted run."""
     args, given = options.parse_args(argv)
-    try:
-        status = run(args, given)
-    except UserError as error:
-        say(f"train.py: error: {' '.join(str(error).split())}", sys.stderr)
-        return 2
-    except (RunError, OSError, torch.OutOfMemoryError) as error:
-        say(f"train.py: error: {str(error).splitlines()[0]}", sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):  # gloo's have no type of their own
-            raise
-        say(f"train.py: error: another process of this run was lost ({str(error).splitlines()[0]:.200}); what was "
-            "saved is whole, go on with --resume", sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted", sys.stderr)
-        return 130
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+    def body() -> int:
+        if args.summary:
+            return print_summary(args)
+        status = train(args, given)
+        distributed.stop()
+        return status
+    return run_program("train.py", body)
+
+
+def print_summary(args: Namespace) -> int:
+    """Print the torchsummary table of the network."""
+    from torchsummary import summary  # not needed on machines that only train
+
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        summary(options.build_model(args).eval(), (3, 32, 32), device="cpu")
+    print_line(table.getvalue().rstrip())
+    return 0
+
+
+def train(args: Namespace, given: dict[str, Any]) -> int:
+    """Train a new run, or resume one, to its end or to a signal; return the exit status."""
+    world = distributed.start()
+    folder, file = find_run(args)
+    with contextlib.closing(folder):
+        checkpoint = world.run(lambda: open_run(folder, file, args), only_main=True)
+        weights = None
+        if checkpoint is not None:
+            args = options.merge_resumed(args, given, checkpoint["args"])
+            hardware.restore_threads(checkpoint["environment"]["threads"])
+        elif args.init_from:
+            source = world.run(lambda: load_checkpoint(args.init_from), only_main=True)
+            args, weights = options.merge_model(args, given, source["args"]), source.get("ema") or source["model"]
+
+        device = hardware.select_device(args.device, world.local_rank)
+        precision = hardware.select_precision(args.precision, device)
+        hardware.set_up_backend(device, args.deterministic)
+        torch.manual_seed(args.seed)
+        model = options.build_model(args).to(device, memory_format=torch.channels_last)
+        if weights is not None:
+            load_weights(model, weights, args.init_from)
+
+        train_split, val_split, test_split = data.load_data(args, world)
+        loader = data.build_loader(train_split, args, device, world)
+        state = TrainState(args, model, len(loader), precision)
+        run = Run(args, world, device, precision, folder, loader, (val_split or test_split).to(device),
+                  "val" if val_split else "test", build_forward(args, model, device, precision))
+        if args.compile if args.compile is not None else hardware.can_compile(device):
+            compile_forward(run, state)
+        run.environment = get_environment(run)
+        torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
+        if checkpoint is not None:
+            resume(run, state, checkpoint)
+        else:
+            world.run(lambda: folder.create(args), only_main=True)
+            save(run, state)
+
+        if world.is_main:
+            print_line(describe(run, state))
+        with Signals(quiet=not world.is_main) as signals, contextlib.closing(loader):
+            while state.epoch < args.epochs:
+                if status := train_one_epoch(run, state, signals):
+                    return print_stopped(run, state, status)
+                finish_epoch(run, state)
+            save(run, state, must_succeed=True)
+            if status := world.max([signals.stop or 0])[0]:  # it came during the last evaluation
+                return print_stopped(run, state, status)
+            finish_run(run, state, test_split)
+    return 0
+
+
+# --- an epoch --------------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:
+    """Train to the end of the current epoch, saving when it is due; return an exit status if a signal stops the run."""
+    args, steps = run.args, len(run.loader)
+    start = time.perf_counter() - state.seconds
+    state.model.train()
+    with tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}/{args.epochs}", leave=False,
+              bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+              disable=None if run.world.is_main and sys.stderr else True) as bar:
+        for batch in run.loader.epoch(state.epoch, state.step):
+            train_step(run, state, *batch)
+            status, save_due = check_signals(run, state, signals)
+            # reading the sums synchronizes with a GPU, so that it is done seldom; on a CPU it costs nothing
+            if status or save_due or state.step % args.log_interval == 0 or state.step == steps or run.is_cpu:
+                log_progress(run, state, bar, start)
+            if status or save_due:
+                save(run, state, must_succeed=bool(status))
+                start = time.perf_counter() - state.seconds  # saving is not training
+            if status:
+                return status
+    return None
+
+
+def train_step(run: Run, state: TrainState, inputs: Tensor, targets: Tensor, *mix: Tensor) -> None:
+    """Take one optimizer step on what the loader yields, without synchronizing with the device."""
+    is_full = len(targets) == len(run.loader.shard(0))  # the last batch of an epoch is not worth compiling for
+    forward = run.compiled_forward if run.compiled_forward and is_full else run.forward
+    forward_backward(state, forward, run.loader.batch_size(state.step), inputs, targets, *mix)
+    if run.world.size > 1:
+        distributed.sum_gradients(state.model.parameters(), run.world)
+    if run.args.grad_clip:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_value_(state.model.parameters(), run.args.grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.lr = state.scheduler.get_last_lr()[0]
+    state.scheduler.step()
+    if state.ema_model:
+        update_ema(state.ema_model, state.model, run.args.ema, state.epoch * len(run.loader) + state.step)
+    state.step += 1
+
+
+def forward_backward(state: TrainState, forward: Callable[..., tuple[Tensor, Tensor]], batch_size: int,
+                     inputs: Tensor, targets: Tensor, *mix: Tensor) -> None:
+    """Compute the gradients of a shard; add its loss and correct predictions to the running sums."""
+    state.optimizer.zero_grad(set_to_none=True)
+    if len(targets):
+        loss, correct = forward(inputs, targets, *mix)
+        # divided by the images of all ranks: the sum of all gradients is then the gradient of the mean loss
+        state.scaler.scale(loss / batch_size).backward()
+        state.totals += torch.stack((loss.detach(), correct))
+
+
+def build_forward(args: Namespace, model: nn.Module, device: torch.device, precision: str
+                  ) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the function of forward and loss, to be called as it is or compiled."""
+    criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
+
+    def forward(inputs: Tensor, targets: Tensor, targets_b: Tensor | None = None, lam: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and the number of correct predictions, both () on the device."""
+        with hardware.autocast(device, precision):
+            logits = model(inputs)
+            loss = criterion(logits, targets)
+            if targets_b is not None:
+                loss = lam * loss + (1 - lam) * criterion(logits, targets_b)
+                targets = torch.where(lam >= 0.5, targets, targets_b)  # the label with more weight is the correct one
+        return loss, (logits.argmax(1) == targets).sum()
+    return forward
+
+
+def compile_forward(run: Run, state: TrainState) -> None:
+    """Compile the forward function for full batches, and try it on zeros; the state is left as it was."""
+    size = len(run.loader.shard(0))
+    inputs = torch.zeros(size, 3, 32, 32, device=run.device).contiguous(memory_format=torch.channels_last)
+    targets = torch.zeros(size, dtype=torch.int64, device=run.device)
+    # targets_b must be another tensor: the same one twice would be compiled as just that
+    mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
+    buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.get_rng_state(run.device)
+    run.compiled_forward = hardware.compile_or_warn(
+        run.forward, run.device, lambda compiled: forward_backward(state, compiled, size, inputs, targets, *mix))
+    state.optimizer.zero_grad(set_to_none=True)
+    state.totals.zero_()
+    hardware.set_rng_state(rng_state, run.device)
+    torch._foreach_copy_(list(state.model.buffers()), buffers)
+
+
+def check_signals(run: Run, state: TrainState, signals: Signals) -> tuple[int, bool]:
+    """Agree with all ranks, at the same step, on the exit status to stop with (0: continue) and on saving.
+
+    Alone, and on CPUs, this is done after every step; several GPUs wait for each other only at the log interval.
+    """
+    often = run.world.size == 1 or run.is_cpu or run.args.save_minutes == 0
+    if not often and state.step % run.args.log_interval and state.step < len(run.loader):
+        return 0, False
+    due = time.monotonic() - run.folder.saved_at >= 60 * run.args.save_minutes
+    status, save_due = run.world.max([signals.stop or 0, int(due and run.world.is_main)])
+    return status, bool(save_due)
+
+
+def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
+    """Update the progress bar and `state.seconds`; stop a run that has diverged."""
+    count = min(state.step * run.args.batch_size, len(run.loader.targets))
+    loss, accuracy = train_metrics(run, state, count)
+    state.seconds = time.perf_counter() - start
+    rate = count / state.seconds
+    bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.2f}%, lr {state.lr:.3g}, {rate:.0f} images/s", refresh=False)
+    bar.update(state.step - bar.n)
+    if not np.isfinite(loss):
+        raise_diverged(run, state, "the loss")
+
+
+def train_metrics(run: Run, state: TrainState, count: int) -> tuple[float, float]:
+    """Return mean loss and accuracy (percent) of the epoch's first `count` images, over all ranks; synchronizes."""
+    loss, correct = (run.world.sum(state.totals.clone()) / count).tolist()
+    return loss, 100 * correct
+
+
+def raise_diverged(run: Run, state: TrainState, what: str) -> None:
+    """End a run that has diverged, without saving it; every rank calls it, rank 0 prints."""
+    message = (f"{what} is not finite in epoch {state.epoch + 1}, step {state.step}, at lr {state.lr:.4g}; try a "
+               f"smaller --lr, or --precision fp32 (the last checkpoint is {run.folder.last})")
+    if not run.world.is_main:
+        sys.exit(1)
+    with contextlib.suppress(OSError):  # a restart by torchrun reads it
+        write_text(run.folder.path / "diverged.txt", message + "\n")
+    raise RunError(message)
+
+
+# --- the end of an epoch, and saving ---------------------------------------------------------------------------------
+
+
+def finish_epoch(run: Run, state: TrainState) -> None:
+    """Evaluate, append the epoch's row to the history, and keep the weights if they are the best so far."""
+    run.world.broadcast(list(state.eval_model.buffers()))  # evaluate with the batch norm statistics of rank 0
+    train_loss, train_accuracy = train_metrics(run, state, len(run.loader.targets))
+    start = time.perf_counter()
+    run.logits = run.predict_logits(state, run.eval_split)
+    loss, accuracy = evaluate.score(run.logits, run.eval_split.targets)
+    state.history.append(dict.fromkeys(COLUMNS) | {
+        "epoch": state.epoch + 1, "step": (state.epoch + 1) * len(run.loader), "lr": state.lr,
+        "train_loss": train_loss, "train_accuracy": train_accuracy, f"{run.eval_name}_loss": loss,
+        f"{run.eval_name}_accuracy": accuracy, "seconds": state.seconds + time.perf_counter() - start,
+        "images_per_second": len(run.loader.targets) / state.seconds})
+    state.epoch, state.step, state.seconds, state.totals = state.epoch + 1, 0, 0.0, state.zero_totals()
+    if state.best is None or accuracy > state.best["accuracy"]:
+        keep_best(run, state)
+    if run.world.is_main:
+        row = state.history[-1]
+        print_line(f"epoch {state.epoch}/{run.args.epochs}  training loss {train_loss:.4f}, accuracy "
+                   f"{train_accuracy:.2f} %  {run.selected_on} loss {loss:.4f}, accuracy {accuracy:.2f} %  "
+                   f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s")
+
+
+def keep_best(run: Run, state: TrainState) -> None:
+    """Note the weights at the end of an epoch as the best so far; the next save writes them."""
+    accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
+    state.best = {"epoch": state.epoch, "accuracy": accuracy}
+    run.folder.pending_best = {
+        "model": {name: value.clone() for name, value in state.eval_model.state_dict().items()}, **state.best,
+        "selected_on": run.selected_on, "args": options.saved_args(run.args), "classes": run.eval_split.classes}
+
+
+def save(run: Run, state: TrainState, must_succeed: bool = False) -> None:
+    """Write the run folder; every rank calls it. A failure is a warning, since the next save may succeed."""
+    if not all_finite([*state.model.state_dict().values(), state.totals]):
+        raise_diverged(run, state, "a weight")
+    content = state.state_dict(run.world) | {"args": options.saved_args(run.args), "classes": run.eval_split.classes,
+                                             "environment": run.environment}
+
+    def write() -> None:
+        try:
+            run.folder.save(content)
+            draw_curves(run, state)
+            run.warned = ""
+        except Exception as error:  # OSError, and whatever a missing or broken matplotlib raises
+            message = (f"cannot save to {getattr(error, 'filename', None) or run.folder.path} "
+                       f"({getattr(error, 'strerror', None) or error})")
+            if must_succeed:
+                raise RunError(f"{message}; the files saved before are intact") from error
+            if message != run.warned:
+                warn(f"{message}; training continues, the next save tries again")
+            run.warned = message
+    run.world.run(write, only_main=True)
+
+
+def draw_curves(run: Run, state: TrainState) -> None:
+    """Draw curves.png, and confusion.png of the last evaluation, if there is a new epoch."""
+    if run.logits is None:
+        return
+    args, rows = run.args, state.history
+    lrs = schedule_lrs(args.scheduler, args.lr, len(run.loader), args.epochs, args.warmup_epochs)[:rows[-1]["step"]]
+    plots.draw_curves(rows, lrs, run.folder.path / "curves.png")
+    matrix = evaluate.confusion_matrix(run.logits, run.eval_split.targets).numpy()
+    plots.draw_confusion(matrix, run.eval_split.classes, run.folder.path / "confusion.png")
+    run.logits = None
+
+
+# --- the start and the end of a run ----------------------------------------------------------------------------------
+
+
+def get_environment(run: Run) -> dict[str, Any]:
+    """Return what must be equal for a continuation that is bitwise identical."""
+    return {"device": run.device.type, "precision": run.precision, "compile": run.compiled_forward is not None,
+            "ranks": run.world.size, "threads": torch.get_num_threads() if run.is_cpu else None}
+
+
+def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
+    """Continue from a checkpoint; warn where the continuation cannot be bitwise identical."""
+    state.load_state_dict(checkpoint, run.world, run.folder.path)
+    before, now = checkpoint["environment"], run.environment
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if state.epoch == run.args.epochs:  # results.json describes the training
+        run.environment = before
+    elif changed and run.world.is_main:
+        warn(f"resuming, but not bitwise-identically: {', '.join(changed)}")
+    if state.best is None and state.history and state.step == 0:  # best.pt is damaged, and this may be the last epoch
+        keep_best(run, state)
+
+
+def describe(run: Run, state: TrainState) -> str:
+    """Describe in a few lines what is about to run."""
+    args, env, loader = run.args, run.environment, run.loader
+    size = f"{env['threads']} threads" if run.is_cpu and env["ranks"] == 1 else f"{env['ranks']} ranks"
+    start = f"resumed in epoch {state.epoch + 1} after step {state.step}" if state.epoch or state.step else "new run"
+    return (f"device  {hardware.describe(run.device)}, {run.precision}, {size}, "
+            f"{'compiled' if env['compile'] else 'not compiled'}\n"
+            f"model   SE-ResNet {args.num_blocks}, {models.count_parameters(state.model):,} parameters\n"
+            f"data    {len(loader.targets):,} training and {len(run.eval_split.targets):,} {run.selected_on} images"
+            f"{', generated' if args.synthetic else ''}\n"
+            f"recipe  {args.epochs} epochs of {len(loader)} steps, batch {args.batch_size}, {args.optimizer}, "
+            f"lr {args.lr:g}, {args.scheduler}\n"
+            f"folder  {run.folder.path} ({start})")
+
+
+def print_stopped(run: Run, state: TrainState, status: int) -> int:
+    """Print where a signal stopped the run, and the command that resumes it; return the exit status."""
+    if run.world.is_main:
+        launcher = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.local_size}"
+        command = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run.folder.path))}"
+        place = f"in epoch {state.epoch + 1} after step {state.step}"
+        print_line(f"stopped {place if state.epoch < run.args.epochs else 'after the last epoch'}, all saved; "
+                   f"resume with: {command}")
     return status
+
+
+def finish_run(run: Run, state: TrainState, test_split: data.Split) -> None:
+    """Evaluate a last time, write results.json and the pictures, and print the outcome."""
+    best = run.world.run(lambda: load_checkpoint(run.folder.best), only_main=True)
+    last_accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
+    if run.eval_name == "val":
+        load_weights(state.eval_model, best["model"], run.folder.best)
+    logits = run.predict_logits(state, test_split)  # with validation images, the only time that the test set is used
+    if not run.world.is_main:
+        return
+    test_accuracy = evaluate.score(logits, test_split.targets)[1]
+    seconds = sum(row["seconds"] for row in state.history)
+    rate = statistics.harmonic_mean(row["images_per_second"] for row in state.history)
+    results = {"last_accuracy": last_accuracy, "best_accuracy": best["accuracy"], "best_epoch": best["epoch"],
+               "selected_on": run.selected_on, "test_accuracy": test_accuracy,
+               "test_weights": "best" if run.eval_name == "val" else "last", "epochs": state.epoch, "seconds": seconds,
+               "images_per_second": rate, "parameters": models.count_parameters(state.model),
+               "per_class": evaluate.per_class(logits, test_split.targets, test_split.classes),
+               "calibration_error": evaluate.calibration_error(logits, test_split.targets), **run.environment,
+               "device": hardware.describe(run.device), "versions": hardware.versions()}
+    write_text(run.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+    evaluate.draw_pictures(run.folder.path, logits, test_split)
+    note = (f"test accuracy of best.pt {test_accuracy:.2f} %; the test set was used this once"
+            if run.eval_name == "val" else
+            "the best epoch was selected on the test set, so its accuracy is optimistic; --val-size avoids that")
+    print_line(f"{run.selected_on} accuracy: last epoch {last_accuracy:.2f} %, best {best['accuracy']:.2f} % "
+               f"(epoch {best['epoch']})\n{note}\n{seconds / 60:.1f} minutes, {rate:.0f} images/s; weights, metrics "
+               f"and pictures are in {run.folder.path}")
 
 
 if __name__ == "__main__":

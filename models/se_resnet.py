@@ -13,7 +13,6 @@ Parameters of the variants, each with num_blocks 4 4 3 and 64 channels:
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +23,18 @@ IMAGE_SIZE = 32
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Make a convolution without bias that keeps the size of the map at stride 1."""
+    """Build a convolution without bias that keeps the size of the map at stride 1."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
 class SEBlock(nn.Module):
-    """Scale every channel by a gate computed from all channels' means (arXiv 1709.01507)."""
+    """Scale each channel by a gate computed from the means of all channels (arXiv 1709.01507)."""
 
     def __init__(self, channels: int, reduction: int):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.conv1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.relu = nn.ReLU(inplace=True)  # a module, since the published table lists it
+        self.relu = nn.ReLU(inplace=True)  # a module, because the published table lists it
         self.conv2 = nn.Conv2d(channels // reduction, channels, 1)
         self.sigmoid = nn.Sigmoid()
 
@@ -47,7 +46,7 @@ class SEBlock(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions, each with batch norm, and a shortcut; ReLU after the addition (arXiv 1512.03385)."""
+    """Two convolutions with batch norm, and a shortcut; ReLU after the addition (arXiv 1512.03385)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, kernel_size: int,
                  shortcut_kernel_size: int, se_reduction: int | None, dropout: float):
@@ -74,7 +73,7 @@ class BasicBlock(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Batch norm and ReLU before each convolution, and an addition that nothing follows (arXiv 1603.05027)."""
+    """Batch norm and ReLU before each convolution; nothing after the addition (arXiv 1603.05027)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, kernel_size: int,
                  shortcut_kernel_size: int, se_reduction: int | None, dropout: float):
@@ -106,58 +105,51 @@ SE_PLACES = ("stem", "block", "none")
 
 
 class SEResNet(nn.Module):
-    """Stem, residual layers of doubling width and halving size, average pool, linear classifier.
+    """Stem, stages of residual blocks with doubling width and halving size, average pool, linear classifier.
 
-    Attributes carry the names of the published code, so that its checkpoints load.
+    Attributes have the names of the published code, so that its checkpoints load.
 
     Args:
-        num_blocks: Residual blocks of each layer; the first layer keeps 32x32, every other one halves it.
-        channels: Channels of the first layer; doubled in every further one.
-        kernel_sizes: Of the blocks' convolutions, one for all layers or one for each.
-        shortcut_kernel_sizes: Of the shortcuts that change the shape, likewise.
-        pool_size: Of the last average pooling; None is the whole map.
+        num_blocks: Residual blocks of each stage; the first stage keeps 32x32, each further one halves it.
+        channels: Channels of the first stage, doubled in each further one.
+        kernel_sizes: Kernel size of the blocks' convolutions, one for all stages or one per stage.
+        shortcut_kernel_sizes: Kernel size of the shortcuts that change the shape, likewise.
         dropout: Probability after each block and before the linear layer.
         block: "basic" (arXiv 1512.03385) or "preact" (arXiv 1603.05027).
-        se: Squeeze and excitation after the "stem", in every residual "block", or "none".
+        se: SE after the "stem", in every residual "block", or "none".
         se_reduction: Channels per squeezed channel.
-        num_classes: Length of the logits.
 
     Raises:
-        ValueError: A choice is impossible; the message names its flag.
+        ValueError: No network can be built from these; the message names the argument.
     """
 
     def __init__(self, num_blocks: Sequence[int] = (4, 4, 3), channels: int = 64,
                  kernel_sizes: int | Sequence[int] = 3, shortcut_kernel_sizes: int | Sequence[int] = 1,
-                 pool_size: int | None = None, dropout: float = 0.0, block: str = "basic", se: str = "stem",
-                 se_reduction: int = 16, num_classes: int = 10):
+                 dropout: float = 0.0, block: str = "basic", se: str = "stem", se_reduction: int = 16):
         super().__init__()
-        check_choices(num_blocks, channels, dropout, block, se, se_reduction)
-        kernels = per_layer("--kernel-sizes", kernel_sizes, len(num_blocks))
-        shortcut_kernels = per_layer("--shortcut-kernel-sizes", shortcut_kernel_sizes, len(num_blocks))
+        check_arguments(num_blocks, channels, dropout, block, se, se_reduction)
+        kernels = per_stage("kernel_sizes", kernel_sizes, len(num_blocks))
+        shortcut_kernels = per_stage("shortcut_kernel_sizes", shortcut_kernel_sizes, len(num_blocks))
         preact = block == "preact"
         self.conv1 = conv(3, channels, 3)
         self.bn1 = None if preact else nn.BatchNorm2d(channels)
         self.seblock = SEBlock(channels, se_reduction) if se == "stem" else None
         self.residual_layers = nn.ModuleList()
-        size, in_channels = IMAGE_SIZE, channels
-        for i, blocks in enumerate(num_blocks):
-            make_block = partial(BLOCKS[block], out_channels=channels * 2**i, kernel_size=kernels[i],
-                                 shortcut_kernel_size=shortcut_kernels[i], dropout=dropout,
-                                 se_reduction=se_reduction if se == "block" else None)
-            stride = 1 if i == 0 else 2
-            layer = [make_block(in_channels, stride=stride)]
-            layer += [make_block(channels * 2**i, stride=1) for _ in range(blocks - 1)]
+        in_channels = channels
+        for stage, blocks in enumerate(num_blocks):
+            layer = []
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                layer.append(BLOCKS[block](in_channels, channels * 2**stage, stride, kernels[stage],
+                                           shortcut_kernels[stage], se_reduction if se == "block" else None, dropout))
+                in_channels = channels * 2**stage
             self.residual_layers.append(nn.Sequential(*layer))
-            size, in_channels = -(-size // stride), channels * 2**i
-        self.pool_size = size if pool_size is None else pool_size
-        if not 1 <= self.pool_size <= size:
-            raise ValueError(f"--pool-size {pool_size}: the last map is {size}x{size}; choose 1 to {size}")
         self.bn_last = nn.BatchNorm2d(in_channels) if preact else None
         self.dropout = nn.Dropout(dropout) if dropout else None
-        self.linear = nn.Linear(in_channels * (size // self.pool_size) ** 2, num_classes)
+        self.linear = nn.Linear(in_channels, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images (N, 3, 32, 32) to logits (N, num_classes)."""
+        """Map normalized images (N, 3, 32, 32) to logits (N, 10)."""
         out = self.conv1(x)
         if self.bn1 is not None:
             out = F.relu(self.bn1(out), inplace=True)
@@ -167,53 +159,51 @@ class SEResNet(nn.Module):
             out = layer(out)
         if self.bn_last is not None:
             out = F.relu(self.bn_last(out), inplace=True)
-        out = F.avg_pool2d(out, self.pool_size).flatten(1)
+        out = F.avg_pool2d(out, out.shape[-1]).flatten(1)  # (N, C)
         return self.linear(out if self.dropout is None else self.dropout(out))
 
 
-def per_layer(flag: str, values: int | Sequence[int], layers: int) -> list[int]:
-    """Repeat a single kernel size for every layer; raise ValueError for sizes that cannot be."""
+def per_stage(name: str, values: int | Sequence[int], stages: int) -> list[int]:
+    """Return a kernel size for each stage."""
     values = [values] if isinstance(values, int) else list(values)
-    if len(values) not in (1, layers):
-        raise ValueError(f"{flag} has {len(values)} values, expected 1, or {layers} as --num-blocks has layers")
-    for value in values:
-        if value < 1 or value % 2 == 0:
-            raise ValueError(f"{flag} {value}: a kernel size must be odd (1, 3, 5, ...), or maps change their size")
-    return values if len(values) == layers else values * layers
+    if len(values) not in (1, stages):
+        raise ValueError(f"{name} has {len(values)} values; expected 1, or {stages} like num_blocks")
+    if any(value < 1 or value % 2 == 0 for value in values):
+        raise ValueError(f"{name} ({' '.join(map(str, values))}) must be odd, or the maps change their size")
+    return values if len(values) == stages else values * stages
 
 
-def check_choices(num_blocks: Sequence[int], channels: int, dropout: float, block: str, se: str,
-                  se_reduction: int) -> None:
-    """Raise ValueError for what no network can be built from."""
-    if not num_blocks or min(num_blocks) < 1:
-        raise ValueError(f"--num-blocks {' '.join(map(str, num_blocks))}: every layer needs at least one block")
-    # On CPUs with AVX2 and no more, oneDNN's strided backward pass corrupts memory below 8 input channels (torch 2.14).
+def check_arguments(num_blocks: Sequence[int], channels: int, dropout: float, block: str, se: str,
+                    se_reduction: int) -> None:
+    """Raise ValueError for arguments that no network can be built from."""
+    if not 1 <= len(num_blocks) <= 5 or min(num_blocks) < 1:  # a sixth stage leaves one pixel, too few for batch norm
+        raise ValueError(f"num_blocks ({' '.join(map(str, num_blocks))}) must have 1 to 5 stages of at least one block")
+    # On CPUs with AVX2 but not AVX-512, oneDNN's strided convolutions corrupt memory in the backward pass below 8
+    # input channels (brgconv_strided:avx2, seen with torch 2.10 to 2.15).
     if channels < 8:
-        raise ValueError(f"--channels {channels}: at least 8 are needed")
-    if len(num_blocks) > 16 or sum(num_blocks) > 1000 or channels > 65_536:
-        raise ValueError("--num-blocks, --channels: no more than 16 layers, 1,000 blocks and 65,536 channels are built")
+        raise ValueError(f"channels ({channels}) must be at least 8")
     if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout {dropout}: a probability of at least 0 and below 1 is needed")
+        raise ValueError(f"dropout ({dropout:g}) must be at least 0 and below 1")
     if block not in BLOCKS:
-        raise ValueError(f"--block {block}: choose from {', '.join(BLOCKS)}")
+        raise ValueError(f"block ({block}) must be one of {', '.join(BLOCKS)}")
     if se not in SE_PLACES:
-        raise ValueError(f"--se {se}: choose from {', '.join(SE_PLACES)}")
+        raise ValueError(f"se ({se}) must be one of {', '.join(SE_PLACES)}")
     if se != "none" and not 1 <= se_reduction <= channels:
-        raise ValueError(f"--se-reduction {se_reduction} leaves no channel of {channels}; choose 1 to {channels}")
+        raise ValueError(f"se_reduction ({se_reduction}) must be from 1 to {channels}, the channels")
 
 
-def build_model(*choices: Any, max_params: int = 5_000_000, **more_choices: Any) -> SEResNet:
-    """Build the published SE-ResNet [4, 4, 3] of 4,697,742 parameters, or by `SEResNet`'s arguments a relative of it.
+def build_model(*args: Any, max_params: int = 5_000_000, **kwargs: Any) -> SEResNet:
+    """Build the published SE-ResNet [4, 4, 3] with 4,697,742 parameters, or a variant by the arguments of `SEResNet`.
 
     Raises:
-        ValueError: A choice is impossible, or the model has more than `max_params` parameters (0 is no limit).
+        ValueError: The arguments are impossible, or give more than `max_params` parameters (0 is no limit).
     """
-    with torch.device("meta"):  # counts without memory, so that a typing error does not fill the machine
-        count = count_parameters(SEResNet(*choices, **more_choices))
+    with torch.device("meta"):  # counts without memory, so that a typo does not fill the machine
+        count = count_parameters(SEResNet(*args, **kwargs))
     if max_params and count > max_params:
-        raise ValueError(f"--max-params {max_params:,}: the model has {count:,} parameters; "
-                         "make it smaller, or raise the limit (0 is none)")
-    return SEResNet(*choices, **more_choices)
+        raise ValueError(f"the network has {count:,} parameters, above max_params ({max_params:,}); make it smaller, "
+                         "or raise the limit (0 is none)")
+    return SEResNet(*args, **kwargs)
 
 
 def count_parameters(model: nn.Module) -> int:

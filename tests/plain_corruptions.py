@@ -1,6 +1,6 @@
-"""Each corruption in a plain way, image by image: with loops, NumPy, Pillow and colorsys, in float64.
+"""A plain implementation of each corruption: one image at a time, in float64, with NumPy, Pillow and colorsys.
 
-A function takes an image (32, 32, 3) in [0, 1], that image's draws in order, and the constants of a severity.
+A function takes an image (32, 32, 3) in [0, 1], an iterator over its random numbers, and the constants of a severity.
 """
 
 import colorsys
@@ -12,53 +12,53 @@ import numpy as np
 from PIL import Image
 
 
-def gaussian_noise(x, draws, scale):
-    return x + scale * next(draws).transpose(1, 2, 0)
+def gaussian_noise(x, numbers, scale):
+    return x + scale * next(numbers).transpose(1, 2, 0)
 
 
-def shot_noise(x, draws, photons):
-    return next(draws).transpose(1, 2, 0) / photons
+def shot_noise(x, numbers, photons):
+    return next(numbers).transpose(1, 2, 0) / photons
 
 
-def impulse_noise(x, draws, amount):
-    chance = next(draws).transpose(1, 2, 0)
+def impulse_noise(x, numbers, amount):
+    chance = next(numbers).transpose(1, 2, 0)
     return np.where(chance < amount / 2, 1, np.where(chance < amount, 0, x))
 
 
-def speckle_noise(x, draws, scale):
-    return x * (1 + scale * next(draws).transpose(1, 2, 0))
+def speckle_noise(x, numbers, scale):
+    return x * (1 + scale * next(numbers).transpose(1, 2, 0))
 
 
 def correlate(x, kernel, mode):
-    """Filter (32, 32, ...) by a square kernel of odd size, with a border of NumPy's."""
+    """Filter (32, 32, ...) with a square kernel of odd size; `mode` is that of np.pad."""
     reach = len(kernel) // 2
     padded = np.pad(x, [(reach, reach), (reach, reach)] + [(0, 0)] * (x.ndim - 2), mode=mode)
     return sum(kernel[i, j] * padded[i:i + 32, j:j + 32] for i in range(len(kernel)) for j in range(len(kernel)))
 
 
-def bell(sigma, reach):
+def gaussian_kernel(sigma, reach):
     line = np.array([math.exp(-0.5 * (k / sigma) ** 2) for k in range(-reach, reach + 1)])
     return np.outer(line, line) / line.sum() ** 2
 
 
 def smooth(x, sigma, truncate=4, mode="edge"):
-    return correlate(x, bell(sigma, int(truncate * sigma + 0.5)), mode)
+    return correlate(x, gaussian_kernel(sigma, int(truncate * sigma + 0.5)), mode)
 
 
-def gaussian_blur(x, draws, sigma):
+def gaussian_blur(x, numbers, sigma):
     return smooth(x, sigma)
 
 
-def defocus_blur(x, draws, radius, sigma):
+def defocus_blur(x, numbers, radius, sigma):
     disk = np.array([[float(i * i + j * j <= radius * radius) for i in range(-16, 16)] for j in range(-16, 16)])
-    kernel = correlate(disk / disk.sum(), bell(sigma, 1), "constant")[8:25, 8:25]
+    kernel = correlate(disk / disk.sum(), gaussian_kernel(sigma, 1), "constant")[8:25, 8:25]
     return correlate(x, kernel, "reflect")
 
 
-def glass_blur(x, draws, sigma, times):
+def glass_blur(x, numbers, sigma, times):
     x = to_bytes(smooth(x, sigma)) / 255
     for _ in range(times):
-        chance = next(draws)
+        chance = next(numbers)
         for row in range(31, 1, -1):
             for column in range(31, 1, -1):
                 up, left = (chance[:, row, column] < 0.5).astype(int)
@@ -72,17 +72,14 @@ def smear(x, angle, radius, sigma):
     weights = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(2 * radius + 1)]
     out = np.zeros_like(x)
     for k, weight in enumerate(weights):
-        down = math.ceil(k * math.sin(math.radians(angle)) - 0.5)
-        right = math.ceil(k * math.cos(math.radians(angle)) - 0.5)
-        for row in range(32):
-            for column in range(32):
-                source = x[min(max(row + down, 0), 31), min(max(column + right, 0), 31)]
-                out[row, column] += weight / sum(weights) * source
+        rows = np.arange(32) + math.ceil(k * math.sin(math.radians(angle)) - 0.5)
+        columns = np.arange(32) + math.ceil(k * math.cos(math.radians(angle)) - 0.5)
+        out += weight / sum(weights) * x[np.clip(rows, 0, 31)][:, np.clip(columns, 0, 31)]
     return to_bytes(out) / 255
 
 
-def motion_blur(x, draws, radius, sigma):
-    return smear(x, next(draws), radius, sigma)
+def motion_blur(x, numbers, radius, sigma):
+    return smear(x, next(numbers), radius, sigma)
 
 
 def enlarge(x, factor):
@@ -96,20 +93,20 @@ def enlarge(x, factor):
     return x[trim:trim + 32, trim:trim + 32]
 
 
-def zoom_blur(x, draws, end):
-    count = {1.06: 7, 1.11: 12, 1.16: 16, 1.21: 21, 1.26: 26}[end]  # what np.arange makes of 1, end, 0.01
-    step = 1.01 - 1  # as NumPy has it: 1.25 becomes a little more, and 26 * 1.25 rounds up
+def zoom_blur(x, numbers, end):
+    count = {1.06: 7, 1.11: 12, 1.16: 16, 1.21: 21, 1.26: 26}[end]  # length of np.arange(1, end, 0.01)
+    step = 1.01 - 1  # as in np.arange: 1.25 becomes slightly more, and 26 * 1.25 rounds up
     return (x + sum(enlarge(x, 1 + k * step) for k in range(count))) / (count + 1)
 
 
-def diamond_square(draws, decay):
+def diamond_square(numbers, decay):
     height, step, wibble = np.zeros((32, 32)), 32, 100.0
     while step >= 2:
         half = step // 2
         for offsets, corners in (((half, half), [(0, 0), (0, step), (step, 0), (step, step)]),
                                  ((0, half), [(0, 0), (0, step), (half, half), (-half, half)]),
                                  ((half, 0), [(0, 0), (step, 0), (half, half), (half, -half)])):
-            noise = next(draws)
+            noise = next(numbers)
             for i in range(0, 32, step):
                 for j in range(0, 32, step):
                     total = sum(height[(i + a) % 32, (j + b) % 32] for a, b in corners)
@@ -118,20 +115,20 @@ def diamond_square(draws, decay):
     return (height - height.min()) / np.ptp(height)
 
 
-def fog(x, draws, amount, decay):
-    return (x + amount * diamond_square(draws, decay)[..., None]) * x.max() / (x.max() + amount)
+def fog(x, numbers, amount, decay):
+    return (x + amount * diamond_square(numbers, decay)[..., None]) * x.max() / (x.max() + amount)
 
 
-def snow(x, draws, mean, scale, factor, threshold, radius, sigma, keep):
-    flakes = enlarge(mean + scale * next(draws)[0], factor)
+def snow(x, numbers, mean, scale, factor, threshold, radius, sigma, keep):
+    flakes = enlarge(mean + scale * next(numbers)[0], factor)
     flakes = to_bytes(np.where(flakes < threshold, 0, flakes)) / 255
-    flakes = smear(flakes, next(draws), radius, sigma)[..., None]
-    grey = (x @ [0.299, 0.587, 0.114])[..., None]
-    return keep * x + (1 - keep) * np.maximum(x, grey * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
+    flakes = smear(flakes, next(numbers), radius, sigma)[..., None]
+    gray = (x @ [0.299, 0.587, 0.114])[..., None]
+    return keep * x + (1 - keep) * np.maximum(x, gray * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
 
 
 def canny(x):
-    """Find edges between 50 and 150: gradient, non-maximum suppression in four directions, hysteresis by a stack."""
+    """Find edges: gradient, non-maximum suppression in four directions, hysteresis with thresholds 50 and 150."""
     sobel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     right, down = correlate(x, sobel, "edge"), correlate(x, sobel.T, "edge")
     size = np.pad(np.abs(right) + np.abs(down), 1)
@@ -153,7 +150,7 @@ def canny(x):
 
 
 def chamfer(edges):
-    """Walk from the edges by Dijkstra's algorithm, in steps like a chess king's and a knight's."""
+    """Compute distances by Dijkstra's algorithm, with the steps of a chess king and knight."""
     distance, queue = np.full((32, 32), 20.0), [(0.0, i, j) for i, j in edges]
     while queue:
         d, i, j = heapq.heappop(queue)
@@ -166,12 +163,12 @@ def chamfer(edges):
     return distance
 
 
-def spatter(x, draws, mean, scale, sigma, threshold, amount, mud):
-    drops = smooth(mean + scale * next(draws), sigma)
+def spatter(x, numbers, mean, scale, sigma, threshold, amount, mud):
+    drops = smooth(mean + scale * next(numbers), sigma)
     if mud:
         opacity = smooth((drops > threshold) * 1.0, amount)[..., None]
         return np.where(opacity < 0.8, x, (1 - opacity) * x + opacity * np.array([63, 42, 20]) / 255)
-    drops = np.floor(np.where(drops < threshold, 0, drops) * 255 + 1e-3) % 256  # a C cast to bytes
+    drops = np.floor(np.where(drops < threshold, 0, drops) * 255 + 1e-3) % 256  # C cast to bytes
     mean_of_9 = np.full((3, 3), 1 / 9)
     relief = np.floor(correlate(chamfer(canny(drops)), mean_of_9, "reflect") + 1e-9)
     first = (relief == relief.min()).sum()
@@ -185,51 +182,48 @@ def in_hsv(x, change):
     return np.array([[colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel))) for pixel in row] for row in x])
 
 
-def brightness(x, draws, amount):
+def brightness(x, numbers, amount):
     return in_hsv(x, lambda h, s, v: (h, s, min(v + amount, 1)))
 
 
-def saturate(x, draws, factor, offset):
+def saturate(x, numbers, factor, offset):
     return in_hsv(x, lambda h, s, v: (h, min(s * factor + offset, 1), v))
 
 
-def contrast(x, draws, factor):
+def contrast(x, numbers, factor):
     means = [x[..., channel].mean() for channel in range(3)]
     return factor * x + (1 - factor) * np.array(means)
 
 
-def look_up(x, row, column, mode):
-    """Interpolate one pixel between four, beyond the border as NumPy pads."""
+def read_at(x, rows, columns, mode):
+    """Interpolate (32, 32, 3) bilinearly at rows and columns (32, 32); `mode` is that of np.pad."""
     x = np.pad(x, ((40, 40), (40, 40), (0, 0)), mode=mode)
-    i, j = math.floor(row), math.floor(column)
-    p, q = row - i, column - j
+    i, j = np.floor(rows).astype(int), np.floor(columns).astype(int)
+    p, q = (rows - i)[..., None], (columns - j)[..., None]
     i, j = i + 40, j + 40
-    return ((1 - p) * ((1 - q) * x[i, j] + q * x[i, j + 1]) + p * ((1 - q) * x[i + 1, j] + q * x[i + 1, j + 1]))
+    return (1 - p) * ((1 - q) * x[i, j] + q * x[i, j + 1]) + p * ((1 - q) * x[i + 1, j] + q * x[i + 1, j + 1])
 
 
-def elastic_transform(x, draws, amplitude, sigma, shift):
+def elastic_transform(x, numbers, amplitude, sigma, shift):
     points = np.array([[26, 26], [26, 6], [6, 6]])
-    moved = points + 32 * next(draws)
+    moved = points + 32 * next(numbers)
     forward = np.linalg.solve(np.c_[points, np.ones(3)], moved)  # (3, 2): x, y, 1 -> moved x, y
     linear = np.linalg.inv(forward[:2])
-    out = np.zeros_like(x)
-    for row, column in np.ndindex(32, 32):
-        source = (np.array([column, row]) - forward[2]) @ linear
-        source = np.round(source * 32) / 32
-        out[row, column] = look_up(x, source[1], source[0], "reflect")
+    rows, columns = np.indices((32, 32))
+    source = np.round((np.stack([columns, rows], -1) - forward[2]) @ linear * 32) / 32
+    x = read_at(x, source[..., 1], source[..., 0], "reflect")
     if amplitude == 0:
-        return out
-    right, down = (32 * amplitude * smooth(next(draws), sigma * 32, 3, "symmetric") for _ in range(2))
-    return np.array([[look_up(out, i + down[i, j], j + right[i, j], "symmetric") for j in range(32)]
-                     for i in range(32)])
+        return x
+    right, down = (32 * amplitude * smooth(next(numbers), sigma * 32, 3, "symmetric") for _ in range(2))
+    return read_at(x, rows + down, columns + right, "symmetric")
 
 
-def pixelate(x, draws, factor):
+def pixelate(x, numbers, factor):
     image = Image.fromarray(to_bytes(x)).resize((int(32 * factor),) * 2, Image.Resampling.BOX)
     return np.asarray(image.resize((32, 32), Image.Resampling.BOX)) / 255
 
 
-def jpeg_compression(x, draws, quality):
+def jpeg_compression(x, numbers, quality):
     file = io.BytesIO()
     Image.fromarray(to_bytes(x)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)) / 255

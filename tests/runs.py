@@ -1,4 +1,4 @@
-"""Runs for the tests of safety: small ones, stopped where a test wants it, and compared to the last bit."""
+"""Small training runs that a test can stop, kill or disturb, and a bitwise comparison of run folders."""
 
 import contextlib
 import multiprocessing
@@ -18,76 +18,120 @@ import numpy as np
 import pytest
 import torch
 
-import batches
-import plots
+import cifar10
+import evaluate
 import train
-from trainer import Trainer
 
-# Two blocks on 30 images: 4 steps an epoch, the last one with fewer images, some milliseconds each.
-SMALL = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2", "--batch-size", "8", "--epochs", "2",
-         "--limit-train", "30", "--limit-test", "20", "--lr", "0.01", "--device", "cpu", "--precision", "fp32",
-         "--no-download"]
-STATE = ("model", "ema", "optimizer", "scheduler", "scaler", "epoch", "step", "best_accuracy", "history", "rng",
-         "classes")
-TIMES = ("seconds", "images_per_second")
-# Epochs completed, and steps in the running one; the last step of an epoch is 4, or 3 with a validation set.
+NETWORK = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2"]
+# 30 images: 4 steps an epoch, some milliseconds each, the last one with 6 images.
+SMALL = [*NETWORK, "--batch-size", "8", "--epochs", "2", "--limit-train", "30", "--limit-test", "20", "--lr", "0.01",
+         "--device", "cpu", "--precision", "fp32"]
+MAY_DIFFER = {"seconds", "images_per_second", "args", "environment"}  # between two checkpoints of the same run
+# Finished epochs, and steps of the current one; the last step of an epoch is 4, or 3 with a validation set.
 PLACES = {"first": (0, 1), "middle": (0, 2), "last": (0, 4), "between": (1, 0), "evaluation": (1, 0), "later": (1, 2)}
 
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
 
-def write_data(folder: Path) -> Path:
-    """Write batch files of 30 and 20 random images, and return their folder."""
-    rng = np.random.default_rng(0)
-    for name, count in (("data_batch_1", 30), ("test_batch", 20)):
-        images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        batches.write_batch(folder / name, images, np.arange(count) % 10, name)
+
+# --- fixtures; a test module assigns those that it uses to names of its own ------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """A folder with batch files of 30 and 20 random images."""
+    return write_data(tmp_path_factory.mktemp("small"), 30)
+
+
+@pytest.fixture
+def run(small_data, tmp_path, no_pictures):
+    """A function that runs train.py in this process and returns its status; its folder is tmp_path / `folder`."""
+    return lambda *flags, folder="run": train.main(command_line(small_data, tmp_path / folder, *flags))
+
+
+@pytest.fixture
+def start(small_data, tmp_path):
+    """A function that starts train.py in a process of its own, in the folder tmp_path / `folder`."""
+    def start(*flags: str, folder: str = "run", log: str = "log", **kwargs: Any) -> Child:
+        return Child(command_line(small_data, tmp_path / folder, *flags), tmp_path / log, **kwargs)
+    return start
+
+
+@pytest.fixture(scope="session")
+def unbroken(small_data, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curves", no_picture)
+        patch.setattr(evaluate, "draw_pictures", no_picture)
+        assert train.main(command_line(small_data, folder)) == 0
     return folder
 
 
+def write_data(folder: Path, count: int) -> Path:
+    """Write batch files of `count` training and 20 test images, all random, and return their folder."""
+    rng = np.random.default_rng(0)
+    for name, size in (("data_batch_1", count), ("test_batch", 20)):
+        images = rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+        cifar10.write_batch(folder / name, images, np.arange(size) % 10, name)
+    return folder
+
+
+def command_line(data: Path, folder: Path, *flags: str) -> list[str]:
+    """Return the arguments of a small run; a resumed one takes its settings from the checkpoint."""
+    settings = [] if "--resume" in flags and "auto" not in flags else SMALL
+    return [*settings, "--data-dir", str(data), "--output-dir", str(folder), *flags]
+
+
+# --- stopping and comparing ------------------------------------------------------------------------------------------
+
+
 class Killed(BaseException):
-    """Stands for a kill within this process: nothing of the program may catch it."""
+    """Stands for a kill within this process: nothing in the program may catch it."""
 
 
-# --- in this process -------------------------------------------------------------------------------------------------
+def stop(run: Callable[..., int], place: str, *flags: str, number: int = signal.SIGTERM, **kwargs: Any) -> None:
+    """Run until one of the `PLACES`; stop there by a signal, or `between` epochs by a kill after saving."""
+    train_step, finish_epoch, (epoch, step) = train.train_step, train.finish_epoch, PLACES[place]
 
+    def step_and_signal(run, state, *batch):
+        train_step(run, state, *batch)
+        if (state.epoch, state.step) == (epoch, min(step, len(run.loader))):
+            signal.raise_signal(number)
 
-def stop_at(monkeypatch, place: str) -> None:
-    """Stop the run in this process at one of its `PLACES`: by a signal, `between` epochs by `Killed`, once saved."""
-    train_step, finish_epoch, (epoch, step) = Trainer.train_step, Trainer.finish_epoch, PLACES[place]
-
-    def step_and_signal(self, *batch):
-        train_step(self, *batch)
-        if (self.epoch, self.step) == (epoch, min(step, len(self.loader))):
-            signal.raise_signal(signal.SIGTERM)
-
-    def finish_and_stop(self):
-        finish_epoch(self)
-        if place == "evaluation" and self.epoch == epoch:
-            signal.raise_signal(signal.SIGTERM)
-        if place == "between" and self.epoch == epoch:
-            self.save()
+    def finish_and_stop(run, state):
+        finish_epoch(run, state)
+        if place == "evaluation" and state.epoch == epoch:
+            signal.raise_signal(number)
+        if place == "between" and state.epoch == epoch:
+            train.save(run, state)
             raise Killed
 
-    monkeypatch.setattr(Trainer, "train_step", step_and_signal)
-    monkeypatch.setattr(Trainer, "finish_epoch", finish_and_stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", step_and_signal)
+        patch.setattr(train, "finish_epoch", finish_and_stop)
+        if place == "between":
+            with pytest.raises(Killed):
+                run(*flags, **kwargs)
+        else:
+            assert run(*flags, **kwargs) == (130 if number == signal.SIGINT else 143)
 
 
 def read(folder: Path, name: str = "last.pt") -> dict[str, Any]:
-    """Read a checkpoint as it lies there, without the program's own reader."""
+    """Read a checkpoint without the program's own reader."""
     return torch.load(folder / name, weights_only=True)
 
 
 def difference(found: Any, expected: Any, place: str = "") -> str | None:
-    """Name the first place where two nested values differ in type or in a bit, apart from times."""
+    """Name the first place where two nested values differ in type or in a bit."""
     if type(found) is not type(expected):
         return f"{place}: {type(found)} and {type(expected)}"
     if isinstance(found, torch.Tensor):
         same = found.dtype == expected.dtype and torch.equal(found, expected)
         return None if same else f"{place}: tensors differ"
     if isinstance(found, dict):
-        found, expected = ({key: value for key, value in d.items() if key not in TIMES} for d in (found, expected))
         if list(found) != list(expected):
             return f"{place}: keys {list(found)} and {list(expected)}"
-        pairs = [(key, found[key], expected[key]) for key in found]
+        pairs = [(key, found[key], expected[key]) for key in found if key not in MAY_DIFFER]
     elif isinstance(found, list | tuple):
         if len(found) != len(expected):
             return f"{place}: lengths {len(found)} and {len(expected)}"
@@ -103,30 +147,21 @@ def metrics(folder: Path) -> str:
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
-    """Assert that two run folders hold the same bits: the whole state, the best weights, and metrics.csv."""
-    for name, keys in (("last.pt", STATE), ("best.pt", ("model", "epoch", "accuracy", "picked_by"))):
-        states = [read(folder, name) for folder in (found, expected)]
-        where = difference(*({key: state[key] for key in keys} for state in states))
+    """Assert that two run folders are bitwise identical: the whole state, the best weights, and metrics.csv."""
+    for name in ("last.pt", "best.pt"):
+        where = difference(read(found, name), read(expected, name))
         assert where is None, f"{name}{where}"
-        if name == "last.pt":
-            assert difference(*(state["totals"]["sums"] for state in states)) is None, "the running sums differ"
-            rows = len(states[0]["history"])
     assert metrics(found) == metrics(expected), "metrics.csv differs"
-    assert metrics(found).count("\n") == 1 + rows, "metrics.csv has other rows than the history"
+    assert metrics(found).count("\n") == 1 + len(read(found)["history"]), "metrics.csv has other rows than the history"
 
 
-# --- in a process of its own -----------------------------------------------------------------------------------------
+# --- a process of its own --------------------------------------------------------------------------------------------
 
 
 class Child:
-    """The program in a new process, forked from a server that imported torch once.
+    """The program in a new process, forked from a server that imported torch once; `log` takes its output.
 
-    Args:
-        argv: The command line.
-        log: File that takes its output.
-        prepare: Called in the process before the program, such as `kill_at_call`; a function of a module.
-        args: Of `prepare`.
-        env: Added to the environment.
+    Before the program, the process calls `prepare(*args)`, a function of a module such as `kill_at_call`.
     """
 
     def __init__(self, argv: list[str], log: Path, prepare: Callable | None = None, args: tuple = (), **env: str):
@@ -139,7 +174,7 @@ class Child:
         self.process = context.Process(target=_run_child, args=(argv, log, prepare, args, env))
         self.process.start()
 
-    def wait(self, timeout_s: float = 120) -> int:
+    def wait(self, timeout_s: float = 300) -> int:
         """Wait for the end; return the exit status, or minus the signal that ended it."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:
@@ -152,7 +187,7 @@ class Child:
         return self.log.read_text()
 
     def signal(self, number: int) -> None:
-        """Send it a signal; one that has just ended does not mind, and `wait` tells how it ended."""
+        """Send it a signal; one that has just ended does not mind, and `wait` returns how it ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
@@ -164,7 +199,7 @@ def _run_child(argv: list[str], log: Path, prepare: Callable | None, args: tuple
     os.environ.update(env)
     multiprocessing.set_start_method(os.environ.get("START_METHOD", "fork"), force=True)  # of the program's workers
     torch.set_num_threads(1)
-    plots.safely = no_picture  # takes a second
+    train.draw_curves = evaluate.draw_pictures = no_picture  # they take a second
     if prepare is not None:
         prepare(*args)
     sys.exit(train.main(argv))
@@ -181,7 +216,7 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
     """Wait until a condition holds, and return it."""
     end = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -190,56 +225,40 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
     return found
 
 
-# What `Child` takes as `prepare`
+# --- what `Child` takes as `prepare` ---------------------------------------------------------------------------------
 
 
-def at_step(epoch: int, step: int, action: Callable) -> None:
+def at_step(epoch: int, step: int, action: Callable[[train.Run, train.TrainState], Any]) -> None:
     """Do something at the end of a step."""
-    train_step = Trainer.train_step
+    train_step = train.train_step
 
-    def step_and_act(self, *batch):
-        train_step(self, *batch)
-        if (self.epoch, self.step) == (epoch, step):
-            action(self)
+    def step_and_act(run, state, *batch):
+        train_step(run, state, *batch)
+        if (state.epoch, state.step) == (epoch, step):
+            action(run, state)
 
-    Trainer.train_step = step_and_act
+    train.train_step = step_and_act
 
 
 def pause_after(epoch: int, step: int, marker: Path) -> None:
     """Make a marker that names the worker processes at the end of a step, and wait until it is gone."""
-    def mark_and_wait(_):
+    def mark_and_wait(*_):
         marker.write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
         wait_for(lambda: not marker.exists())
     at_step(epoch, step, mark_and_wait)
 
 
-def pause_before(owner: Any, name: str, marker: Path, action: Callable = lambda: None) -> None:
-    """Make a marker before a function is called, wait until it is gone, and go on after an action."""
-    function = getattr(owner, name)
+def pause_before(module: str, name: str, marker: Path, action: Callable = lambda: None) -> None:
+    """Before a function is called, make a marker, wait until it is gone, and do something."""
+    function = getattr(sys.modules[module], name)
 
-    def mark_and_wait(*args):
+    def mark_and_wait(*args, **kwargs):
         marker.write_text("")
         wait_for(lambda: not marker.exists())
         action()
-        return function(*args)
+        return function(*args, **kwargs)
 
-    setattr(owner, name, mark_and_wait)
-
-
-def pause_at_start(marker: Path) -> None:
-    """Pause before the data are read."""
-    pause_before(train, "load_data", marker)
-
-
-def close_streams(epoch: int, step: int, marker: Path) -> None:
-    """Pause at the end of a step, with output to pipes that no one reads any more."""
-    at_step(epoch, step, lambda _: break_pipes())
-    pause_after(epoch, step, marker)
-
-
-def close_streams_late(marker: Path) -> None:
-    """Pause in the evaluation after each epoch, and go on with output to pipes that no one reads any more."""
-    pause_before(Trainer, "predict", marker, break_pipes)
+    setattr(sys.modules[module], name, mark_and_wait)
 
 
 def break_pipes() -> None:
@@ -255,60 +274,46 @@ def kill_at_call(number: int, epoch: int, step: int) -> None:
 
     The process ends with status 99 at the step after, if there were fewer calls.
     """
-    train_step, calls = Trainer.train_step, 0 if (epoch, step) == (0, 0) else None
+    train_step, calls = train.train_step, 0 if (epoch, step) == (0, 0) else None
 
-    def step_and_count(self, *batch):
+    def step_and_count(run, state, *batch):
         nonlocal calls
         if calls is not None:
             os._exit(99)
-        train_step(self, *batch)
-        if (self.epoch, self.step) == (epoch, step):
+        train_step(run, state, *batch)
+        if (state.epoch, state.step) == (epoch, step):
             calls = 0
 
     def lethal(function: Callable) -> Callable:
-        def count_and_call(*args, **kwargs):
+        def count_and_call(path, *args, **kwargs):
             nonlocal calls
-            calls = None if calls is None else calls + 1
-            if calls == number:
-                if function is write_bytes:  # in the midst of it
-                    write_bytes(args[0], bytes(args[1])[:-100])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
+            if calls is not None and (function is not unlink or path.exists()):
+                calls += 1
+                if calls == number:
+                    if function is write_bytes:  # in the middle of it
+                        write_bytes(path, bytes(args[0])[:-100])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return function(path, *args, **kwargs)
         return count_and_call
 
-    write_bytes = Path.write_bytes
-    Trainer.train_step, Path.write_bytes, Path.unlink = step_and_count, lethal(write_bytes), lethal(Path.unlink)
-    os.replace, os.fsync = lethal(os.replace), lethal(os.fsync)
+    write_bytes, unlink = Path.write_bytes, Path.unlink
+    train.train_step, Path.write_bytes, Path.unlink = step_and_count, lethal(write_bytes), lethal(unlink)
+    os.replace = lethal(os.replace)
 
 
 def fill_disk(epoch: int, step: int) -> None:
     """Let no file grow over 4 kB from the end of a step on, as on a full disk."""
     import resource
-    at_step(epoch, step, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
+    at_step(epoch, step, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
 
 
 def remove_folder(epoch: int, step: int) -> None:
     """Remove the run folder at the end of a step."""
-    at_step(epoch, step, lambda trainer: shutil.rmtree(trainer.folder.path))
-
-
-def record_memory(path: Path, *steps: int) -> None:
-    """Add this process's resident bytes to a file, a line after each of some steps of the whole run."""
-    import resource
-    train_step = Trainer.train_step
-
-    def step_and_record(self, *batch):
-        train_step(self, *batch)
-        if self.epoch * len(self.loader) + self.step in steps:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            with open(path, "a") as file:
-                file.write(f"{pages * resource.getpagesize()}\n")
-
-    Trainer.train_step = step_and_record
+    at_step(epoch, step, lambda run, _: shutil.rmtree(run.folder.path))
 
 
 def break_loss(epoch: int, step: int) -> None:
     """Make the loss NaN from the step after."""
-    def spoil(trainer):
-        trainer.criterion = lambda logits, _: logits.sum() * float("nan")
+    def spoil(run, state):
+        run.forward = lambda inputs, _: (state.model(inputs).sum() * float("nan"), inputs.new_zeros(()))
     at_step(epoch, step, spoil)

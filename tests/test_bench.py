@@ -1,168 +1,168 @@
-"""The benchmark: what it counts, what it divides, and that all of it comes out of a tiny run."""
+"""The benchmark: its model of a step by hand, its ratios, and all sections on a tiny network."""
 
-import copy
+import io
 import json
 import multiprocessing
-from pathlib import Path
+import os
+import signal
+import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import data
-import device as devices
+import hardware
 import models
+import train
 from tools import bench
+from utils import RunError
 
-FLAGS = ["--num-blocks", "1", "1", "--channels", "16", "--device", "cpu", "--precision", "fp32", "--no-download"]
-LIMITS = ["--limit-train", "80", "--limit-test", "10", "--batch-size", "32"]  # batches of 32, 32 and 16
-COUNTS = bench.Counts(repeats=2, warm_ups=1, steps=2, loader_steps=2, train_images=80, test_images=10, batch_size=32,
-                      product=64)
+TINY = ["--num-blocks", "1", "1", "--channels", "16", "--device", "cpu", "--precision", "fp32", "--batch-size", "32"]
+COUNTS = bench.Counts(32, repeats=2, steps=2, published_steps=2, ten_steps=2, test_images=10, size=64)
+
+
+def set_up(patch) -> None:
+    """Shrink the benchmark, start no train.py, and restore what it sets in this process."""
+    patch.setattr(bench, "EPOCH", 80)
+    patch.setattr(bench, "COUNTS", {("cpu", False): COUNTS})
+    patch.setattr(bench, "start_seconds", lambda *_: 5.0)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        patch.setenv(name, "")
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[Path, dict[str, str], bench.Rows, set]:
-    """Measure a tiny network, but no start; give the folder, what was returned, and the processes left running."""
-    folder, before = tmp_path_factory.mktemp("bench"), set(multiprocessing.active_children())
+def results(tmp_path_factory) -> dict:
+    """What the benchmark writes for a tiny network."""
+    file, before = tmp_path_factory.mktemp("bench") / "cpu.json", set(multiprocessing.active_children())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "start_seconds", lambda flags, folder: 5.0)
-        found = bench.measure(FLAGS, COUNTS, folder)
-    return folder, *found, set(multiprocessing.active_children()) - before
+        set_up(patch)
+        assert bench.main(["--json", str(file), *TINY]) == 0
+    assert set(multiprocessing.active_children()) == before  # no worker is left
+    return json.loads(file.read_text())
 
 
-def test_flops_are_those_of_a_hand_count():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 1, groups=2),
-                          nn.Flatten(), nn.Linear(8 * 16 * 16, 10))
-    first = 4 * 16 * 16 * (3 * 3 * 3)  # multiply-adds: values of the output, times what each one sums
-    second = 8 * 16 * 16 * 2  # two channels in each group
-    assert bench.count_flops(model) == 3 * 2 * (first + second + 8 * 16 * 16 * 10)
+def median(results, name):
+    return results["rows"][name]["median"]
 
 
-def test_counting_leaves_the_model_as_it_was():
-    model = models.build_model(num_blocks=(1,), channels=16).train()
-    before = copy.deepcopy(model.state_dict())
-    bench.count_flops(model)
-    assert model.training and not any(module._forward_hooks for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_cost_of_training_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+                          nn.Conv2d(4, 8, 1, groups=2), nn.Flatten(), nn.Linear(8 * 16 * 16, 10)).train()
+    # multiply-adds: values of the output, times what each one sums; two channels in each group
+    multiply_adds = 4 * 16 * 16 * (3 * 3 * 3) + 8 * 16 * 16 * 2 + 8 * 16 * 16 * 10
+    gflop, gbytes = bench.training_cost(model, "bf16", compiled=True)
+    assert gflop == pytest.approx(3 * 2 * multiply_adds / 1e9) and gbytes == pytest.approx(8 * 4 * 16 * 16 * 2 / 1e9)
+    assert bench.training_cost(model, "fp32", compiled=False)[1] == pytest.approx((8 + 5) * 4 * 16 * 16 * 4 / 1e9)
+    assert model.training and not any(layer._forward_hooks for layer in model) and model[0].weight.device.type == "cpu"
 
 
 def test_the_published_network_takes_4_8_gflop():
-    assert bench.count_flops(models.build_model()) / 1e9 == pytest.approx(4.8, abs=0.05)
+    assert bench.training_cost(models.build_model(), "fp32", False)[0] == pytest.approx(4.8, abs=0.05)
 
 
-def test_measurements_are_taken_in_turns_and_warm_ups_left_out():
-    order, rows = [], bench.Rows()
-    rows.measure(COUNTS, {name: (lambda name=name: order.append(name) or len(order)) for name in ("a", "b")})
+def test_measurements_are_taken_in_turns_after_a_round_that_warms_up():
+    order = []
+    rows = bench.in_turns(2, {name: (lambda name=name: order.append(name) or len(order)) for name in "ab"})
     assert order == ["a", "b"] * 3
-    assert rows["a"] == {"median": 4, "min": 3, "max": 5, "samples": [3, 5]}
+    assert rows["a"].tolist() == [3, 5] and rows["b"].tolist() == [4, 6]
 
 
-def test_ratios_are_taken_round_by_round():
-    rows = bench.Rows()
-    rows.add("fast", 10.0, 40.0, 30.0)
-    rows.add("slow", 5.0, 10.0, 15.0)
-    rows.divide("fast : slow", "fast", "slow")
-    assert rows["fast : slow"] == {"median": 2.0, "min": 2.0, "max": 4.0, "samples": [2.0, 4.0, 2.0]}
-    rows.divide("share, %", "slow", "fast", 100)
-    assert rows["share, %"]["median"] == 50
+def test_all_sections_are_measured_and_values_follow_from_each_other(results):
+    rows = results["rows"]
+    assert list(dict.fromkeys(row["section"] for row in rows.values())) == [
+        "start", "memory", "ten times the images", "loaders", "training", "epoch"]
+    for name, row in rows.items():
+        assert row["min"] <= row["median"] <= row["max"] and row["median"] == np.median(row["samples"])
+        assert row["min"] > 0 or "growth" in name
+    assert {"device", "torch", "date", "cpu", "avx512", "cpu_bf16", "threads", "flags"} <= results["head"].keys()
+    assert " ".join(TINY) in results["head"]["flags"]
+
+    ours, product, copy = (np.array(rows[name]["samples"]) for name in (
+        "this program, images/s", "large matrix product, GFLOP/s", "copy of a large tensor, GB/s"))
+    for ratio, below in {"this program : bare steps": "bare steps, images/s",
+                         "time with extras : without": "this program with extras, images/s",
+                         "this program : published way": "published way, images/s"}.items():
+        assert rows[ratio]["samples"] == pytest.approx(ours / rows[below]["samples"])  # round by round
+    gflop, gbytes = (median(results, f"{name}, {unit} per image") for name, unit in (
+        ("arithmetic", "GFLOP"), ("batch norm and ReLU", "GB")))
+    assert rows["share of the product's rate, %"]["samples"] == pytest.approx(100 * gflop * ours / product)
+    bound = 1 / (gflop / product + gbytes / copy)
+    assert rows["share of the bound, %"]["samples"] == pytest.approx(100 * ours / bound)
+    assert median(results, "training on 50,000 images, s") == pytest.approx(80 / np.median(ours))
+    assert rows["evaluation, % of an epoch"]["samples"] == pytest.approx(
+        100 * np.array(rows["evaluation of 10,000 images, s"]["samples"]) * np.median(ours) / 80)
 
 
-def test_table_shows_spread_only_where_there_is_one():
-    rows = bench.Rows()
-    rows.add("once, s", 1234.4)
-    rows.add("twice, images/s", 2.0, 4.0)
-    head, once, twice = str(rows).splitlines()
-    assert head.split() == ["median", "min", "max"]
-    assert once.split() == ["once,", "s", "1,234"]
-    assert twice.split() == ["twice,", "images/s", "3", "2", "4"]
-    assert len(head) == len(twice)
+def test_rates_count_the_images_of_their_steps(tmp_path, monkeypatch):
+    run, state = bench.build(TINY, 80, 10, tmp_path)
+    monkeypatch.setattr(bench, "seconds", lambda device, action, count=1: action() and None or 2.0)
+    assert bench.whole_rate(run, state, 2) == (32 + 16) / 2
+    assert bench.loader_rate(run.loader, 1) == 16 / 2
+    assert bench.bare_rate(run, state, 3) == 32 / 2
+    run, state = bench.build([*TINY, *bench.EXTRAS], 80, 10, tmp_path)
+    assert state.ema_model and run.loader.mixes and run.args.trivial_augment
+    assert bench.bare_rate(run, state, 1) == 32 / 2
 
 
-def test_a_run_measures_all_that_is_claimed(measured):
-    _, head, rows, _ = measured
-    ways = bench.PROGRAM, bench.PAPER
-    names = {f"{way}: {what}" for way in ways for what in (
-        "bare step, images/s", "whole training, images/s", "matrix product, GFLOP/s", "whole training : bare step",
-        "arithmetic, GFLOP/s", "share of the product's rate, %")}
-    names |= {"device loader, images/s", "torchvision in one process, images/s", "peak memory, MB", "save, s",
-              "device loader : torchvision in one process", "ten times the images : images once",
-              "memory growth : bytes of these images", "GFLOP of training per image", "epoch of 50,000 images, s",
-              "evaluation of 10,000 images (from 10), % of an epoch",
-              "command to the end of the first step, without compile, s", "time of an epoch with these : without",
-              f"whole training, {bench.PROGRAM} : {bench.PAPER}"}
-    assert names <= rows.keys()
-    assert all(0 < row["min"] <= row["median"] <= row["max"] for name, row in rows.items() if "growth" not in name)
-    assert {"device", "torch", "date", "counts", *ways} == head.keys()
-    assert json.loads(json.dumps(rows)) == rows
+def test_the_published_way_is_what_it_claims_to_be(tmp_path, monkeypatch, capsys):
+    kept, seen, waits, item = [], [], [], torch.Tensor.item
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(train, "train_step", train.train_step)  # restores it
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("tf32\n"))
+
+    def whole_rate(run, state, steps):
+        state.model.residual_layers[0].register_forward_hook(lambda *values: seen.append(values[2]))
+        inputs = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "item", lambda tensor: waits.append(item(tensor)) or waits[-1])
+            train.train_step(run, state, inputs, torch.zeros(32, dtype=torch.int64))
+        loss, correct = state.totals.tolist()
+        assert waits[-3:] == [loss, correct, loss] and seen[0].is_contiguous() and seen[0].dtype == torch.float32
+        assert isinstance(run.loader, data.WorkersLoader) and state.optimizer.param_groups[0]["fused"] is None
+        assert all(p.is_contiguous() and state.optimizer.state[p]["momentum_buffer"].is_contiguous()
+                   for p in state.model.parameters())
+        return 7.5
+    monkeypatch.setattr(bench, "whole_rate", whole_rate)
+    bench.serve_published("1", "80", "10", str(tmp_path), *TINY)
+    assert capsys.readouterr().out == "7.5\n" and not kept
 
 
-def test_no_worker_outlives_the_measurement(measured):
-    assert measured[3] == set()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_benchmark_has_written_the_sections_before(tmp_path, monkeypatch):
+    def sections(*_):
+        yield "start", {"a, s": [1.0]}
+        yield "memory", {"b, MB": [2.0, 4.0]}
+        os.kill(os.getpid(), signal.SIGKILL)
+    set_up(monkeypatch)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its temporary folder
+    monkeypatch.setattr(bench.tempfile, "tempdir", None)
+    monkeypatch.setattr(bench, "sections", sections)
+    child = multiprocessing.get_context("fork").Process(
+        target=bench.main, args=(["--json", str(tmp_path / "cpu.json"), *TINY],))
+    child.start()
+    child.join()
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert child.exitcode == -signal.SIGKILL
+    assert rows == {"a, s": {"section": "start", "median": 1, "min": 1, "max": 1, "samples": [1]},
+                    "b, MB": {"section": "memory", "median": 3, "min": 2, "max": 4, "samples": [2, 4]}}
 
 
-def test_figures_follow_from_each_other(measured):
-    rows = measured[2]
-    ours, theirs = (rows[f"{way}: whole training, images/s"] for way in (bench.PROGRAM, bench.PAPER))
-    ratios = rows[f"whole training, {bench.PROGRAM} : {bench.PAPER}"]["samples"]
-    assert ratios == pytest.approx([a / b for a, b in zip(ours["samples"], theirs["samples"], strict=True)])
-    harder = next(row for name, row in rows.items() if name.startswith(f"{bench.PROGRAM} with --trivial-augment"))
-    assert rows["time of an epoch with these : without"]["samples"] == pytest.approx(
-        [a / b for a, b in zip(ours["samples"], harder["samples"], strict=True)])
-    assert rows["epoch of 50,000 images, s"]["median"] == pytest.approx(50_000 / ours["median"])
-    gflop = rows["GFLOP of training per image"]["median"]
-    assert rows[f"{bench.PAPER}: arithmetic, GFLOP/s"]["median"] == pytest.approx(gflop * theirs["median"])
-
-
-def test_rates_count_the_images_of_their_steps(measured, monkeypatch):
-    trainer = bench.build([*FLAGS, *LIMITS], measured[0], "rates")
-    monkeypatch.setattr(bench, "seconds", lambda device, action: action() and None or 2.0)
-    assert bench.whole_rate(trainer, 2) == (32 + 16) / 2
-    assert bench.loader_rate(trainer.loader, 1) == 16 / 2
-    assert bench.bare_rate(trainer, 3) == 3 * 32 / 2
-
-
-def test_the_papers_way_is_what_it_says(measured, monkeypatch):
-    kept = []
-    monkeypatch.setattr(devices, "keep_freed_memory", lambda: kept.append(True))
-    trainer = bench.build_paper((*FLAGS, *LIMITS), measured[0])
-    assert not kept and bench.build([*FLAGS, *LIMITS], measured[0], "kept") and kept
-    seen, waits, item = [], [], torch.Tensor.item
-    trainer.model.residual_layers[0].register_forward_hook(lambda *values: seen.append(values[2]))
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: waits.append(item(tensor)) or waits[-1])
-    inputs = torch.randn(32, 3, 32, 32).to(memory_format=torch.channels_last)
-    trainer.train_step(inputs, torch.zeros(32, dtype=torch.int64))
-    assert seen[0].is_contiguous() and seen[0].dtype == torch.float32
-    loss, hits = trainer.totals.tolist()
-    assert waits[-3:] == [loss, hits, loss]
-    assert isinstance(trainer.loader, data.WorkersLoader) and trainer.step == 1
-
-
-def test_what_the_recipes_add_is_in_the_figure(measured):
-    trainer = bench.build([*FLAGS, *LIMITS, *bench.ADDED], measured[0], "added")
-    assert trainer.eval_model is not trainer.model
-    assert trainer.loader.trivial and trainer.loader.mixup and trainer.loader.cutmix
-
-
-def test_mistakes_are_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        bench.main(["--json", str(tmp_path / "no" / "such.json")])
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("bench.py: error: --json") and message.count("\n") == 1
-
-
-def test_command_line_prints_the_table_and_writes_the_data(tmp_path, monkeypatch, capsys):
-    rows = bench.Rows()
-    rows.add("save, s", 0.1, 0.2)
-    monkeypatch.setattr(bench, "measure", lambda flags, counts, folder: ({"device": "CPU"}, rows))
-    bench.main(["--device", "cpu", "--json", str(tmp_path / "cpu.json")])
-    assert str(rows) in capsys.readouterr().out
-    written = json.loads((tmp_path / "cpu.json").read_text())
-    assert written["head"]["device"] == "CPU" and written["rows"] == rows
+@pytest.mark.parametrize("flags, status, message", [
+    (["--compile"], 1, "could not be compiled"), (["--resume"], 2, "not for the benchmark")])
+def test_mistakes_are_one_line(flags, status, message, monkeypatch, capsys):
+    set_up(monkeypatch)
+    monkeypatch.setattr(hardware, "compile_or_warn", lambda *_: None)
+    assert bench.main([*TINY, *flags]) == status
+    error = capsys.readouterr().err
+    assert error.startswith("bench.py: error: ") and message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_start_is_timed_to_the_first_step(measured):
-    assert bench.start_seconds([*FLAGS, *LIMITS], measured[0]) > 0.5  # torch alone takes that long
-    with pytest.raises(bench.RunError, match="before its first step"):
-        bench.start_seconds([*FLAGS, *LIMITS, "--batch-size", "1000"], measured[0])
+def test_the_start_is_timed_to_the_first_step(tmp_path, data_dir):
+    flags = [*TINY, "--synthetic", "--limit-train", "96", "--limit-test", "50"]
+    assert bench.start_seconds(flags, data_dir) > 0
+    with pytest.raises(RunError, match="before its first step"):
+        bench.start_seconds([*flags, "--batch-size", "1000"], data_dir)

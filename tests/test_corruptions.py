@@ -1,4 +1,4 @@
-"""What the corruption program measures, reads, says and refuses."""
+"""tools/corruptions.py: what it measures, reads, prints and refuses."""
 
 import json
 import pickle
@@ -7,144 +7,82 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
-import evaluate
-import models
-from synthetic import NAMES, make_images
 from tools import corruption_ops as ops
 from tools import corruptions
-from utils import UserError, save_checkpoint
+from utils import UserError
+
+NAMES = [operation.__name__ for operation in (*ops.MAIN, *ops.EXTRA)]
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    torch.manual_seed(0)
-    args = {"num_blocks": [1, 1, 1], "channels": 16, "se_reduction": 4}
-    state = {"model": models.build_model(**args).state_dict(), "args": args}
-    save_checkpoint({**state, "classes": list(NAMES)}, tmp_path / "synthetic.pt")
-    save_checkpoint(state, tmp_path / "cifar.pt")
-    return tmp_path / "synthetic.pt"
-
-
-def test_measures_every_corruption_and_names_frost(checkpoint, data_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "BLOCK", 20)
-    flags = ["--checkpoint", str(checkpoint), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "20",
-             "--device", "cpu", "--precision", "fp32"]
-    assert corruptions.main([*flags, "--output", str(tmp_path / "out.json")]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
-    main_ones, extra = (([found["accuracy"][operation.__name__] for operation in group])
-                        for group in (ops.MAIN, ops.EXTRA))
-    assert (len(main_ones), len(extra), len(found["accuracy"])) == (14, 4, 19)
-    assert {len(row) for row in main_ones + extra} == {5}
-    assert found["mean"] == pytest.approx(np.mean(main_ones)) and found["left_out"] == ["frost"]
-    printed = capsys.readouterr().out
-    assert "left out of the mean: frost" in printed and "14 of the 15" in printed and "--test-dir" in printed
-    assert f"clean accuracy {found['accuracy']['clean'][0]:.2f} %" in printed
+def test_program_measures_every_corruption(trained, data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "BLOCK", 8)
+    output = tmp_path / "new" / "folder" / "out.json"
+    assert corruptions.main([str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "8", "--device",
+                             "cpu", "--precision", "fp32", "--output", str(output)]) == 0
+    results, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert list(results["accuracy"]) == list(results["images"]) == ["clean", *NAMES]
+    assert [len(row) for row in results["accuracy"].values()] == [1] + [5] * 18
+    assert results["mean"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES[:14]]))
+    assert results["mean_of_extra"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES[14:]]))
+    assert results["left_out"] == ["frost"] and "mean: frost" in printed and "14 of the 15" in printed
     row = next(line for line in printed.splitlines() if line.startswith("contrast"))
-    assert [float(cell) for cell in row.split()[1:6]] == pytest.approx(found["accuracy"]["contrast"], abs=0.005)
+    assert [float(cell) for cell in row.split()[1:6]] == pytest.approx(results["accuracy"]["contrast"], abs=0.005)
 
 
-def test_generated_sets_are_the_clean_images_and_every_corruption_of_them():
-    images = torch.from_numpy(make_images(4, 3, 0)[0])
-    targets = torch.arange(len(images))
-    sets = corruptions.make_sets(corruptions.data.Split(images, targets, []), 7, torch.device("cpu"))
-    assert [(each.name, each.kind) for each in sets] == [
-        ("clean", "other"), *((operation.__name__, "main") for operation in ops.MAIN),
-        *((operation.__name__, "extra") for operation in ops.EXTRA)]
-    assert torch.equal(sets[0].versions[0](), images) and all(torch.equal(each.targets, targets) for each in sets)
-    for each, operation in zip(sets[1:], [*ops.MAIN, *ops.EXTRA], strict=True):
-        assert len(each.versions) == 5
-        for severity in (2, 5):
-            assert torch.equal(each.versions[severity - 1](), ops.corrupt(images, operation, severity, seed=7))
+def test_generated_sets_are_the_clean_images_and_every_corruption(test_set, monkeypatch):
+    monkeypatch.setattr(ops, "BLOCK", 2)
+    split = test_set._replace(images=test_set.images[:3], targets=test_set.targets[:3])
+    clean, *others = corruptions.generate_sets(split, 7, torch.device("cpu"))
+    assert torch.equal(clean.versions[0](), split.images) and [each.name for each in others] == NAMES
+    for each, operation in zip(others, [*ops.MAIN, *ops.EXTRA], strict=True):
+        assert len(each.versions) == 5 and torch.equal(each.targets, split.targets)
+        assert torch.equal(each.versions[4](), ops.corrupt(split.images, operation, 5, seed=7))
 
 
 def test_accuracy_counts_every_image(monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", 3)
-    targets, sizes = torch.tensor([1, 1, 1, 1, 2, 3, 1]), []
-
-    def predict(images):  # always class 1
-        sizes.append(len(images))
-        return torch.nn.functional.one_hot(torch.ones(len(images), dtype=torch.int64), 10)
-
-    sets = [corruptions.TestSet("clean", "other", targets, [lambda: torch.zeros(7, 32, 32, 3, dtype=torch.uint8)])]
-    assert corruptions.measure(sets, predict) == {"clean": [pytest.approx(100 * 5 / 7)]}
-    assert sizes == [3, 3, 1]
+    monkeypatch.setattr(corruptions, "CHUNK", 3)
+    targets = torch.tensor([1, 1, 1, 1, 2, 3, 1])
+    sets = [corruptions.TestSet("clean", targets, [lambda: torch.zeros(7, 32, 32, 3, dtype=torch.uint8)])]
+    accuracy = corruptions.measure(sets, lambda images: one_hot(torch.ones(len(images), dtype=torch.int64), 10))
+    assert accuracy == {"clean": [pytest.approx(100 * 5 / 7)]}
 
 
-def write_published(folder, count=6):
-    """Write images that show their label in a byte, but at severity s the first s of them a wrong one."""
-    labels = np.arange(count) % 10
-    np.save(folder / "labels.npy", np.tile(labels, 5).astype(np.uint8))
-    images = np.zeros((5, count, 32, 32, 3), np.uint8)
+# --- published files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write 6 images per severity that hold their label in a byte, the wrong one in the first s of severity s."""
+    labels = np.arange(6)
+    np.save(tmp_path / "labels.npy", np.tile(labels, 5).astype(np.uint8))
+    images = np.zeros((5, 6, 32, 32, 3), np.uint8)
     images[:, :, 0, 0, 0] = labels
     for severity in range(1, 6):
         images[severity - 1, :severity, 0, 0, 0] += 1
     for name in ("frost", "fog", "spatter"):
-        np.save(folder / f"{name}.npy", images.reshape(-1, 32, 32, 3))
-    np.save(folder / "cifar10.1_v6_data.npy", images[1])
-    np.save(folder / "cifar10.1_v6_labels.npy", labels.astype(np.int32))
+        np.save(tmp_path / f"{name}.npy", images.reshape(-1, 32, 32, 3))
+    np.save(tmp_path / "cifar10.1_v6_data.npy", images[1])
+    np.save(tmp_path / "cifar10.1_v6_labels.npy", labels.astype(np.int32))
+    return tmp_path
 
 
-def read_label(images):
-    return torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), 11)
-
-
-def test_published_files_are_read_by_severity(tmp_path):
-    write_published(tmp_path)
-    sets = corruptions.find_sets(tmp_path, None)
-    found = corruptions.measure(sets, read_label)
+def test_published_files_are_read_by_severity(folder, capsys):
+    def predict(images):
+        return one_hot(images[:, 0, 0, 0].long(), 10)
+    accuracy = corruptions.measure(corruptions.find_sets(folder, None), predict)
     expected = [100 * (6 - severity) / 6 for severity in range(1, 6)]
-    assert found == {name: pytest.approx(expected) for name in ("frost", "fog", "spatter")} | {
+    assert accuracy == {name: pytest.approx(expected) for name in ("frost", "fog", "spatter")} | {
         "cifar10.1_v6": [pytest.approx(expected[1])]}
-    summary = corruptions.summarise(sets, found)
-    assert summary["mean"] == pytest.approx(50) and "frost" not in summary["left_out"]
-    assert len(summary["left_out"]) == 13
-    assert "compare with published ones" in corruptions.describe(summary, True)
-    limited = corruptions.measure(corruptions.find_sets(tmp_path, 4), read_label)
+    summary = corruptions.summarize(accuracy, published=True)
+    assert summary["mean"] == pytest.approx(50) and summary["left_out"] == [n for n in NAMES[:14] if n != "fog"]
+    assert "2 of the 15" in capsys.readouterr().out
+    limited = corruptions.measure(corruptions.find_sets(folder, 4), predict)
     assert limited["fog"] == pytest.approx([75, 50, 25, 0, 0])
 
 
-def test_table_as_csv(tmp_path, checkpoint):
-    write_published(tmp_path)
-    flags = ["--checkpoint", str(tmp_path / "cifar.pt"), "--test-dir", str(tmp_path), "--device", "cpu"]
-    corruptions.main([*flags, "--output", str(tmp_path / "out.csv")])
-    lines = (tmp_path / "out.csv").read_text().splitlines()
-    assert lines[0] == "name,severity_1,severity_2,severity_3,severity_4,severity_5,mean"
-    assert [line.split(",")[0] for line in lines[1:]] == ["frost", "fog", "spatter", "cifar10.1_v6"]
-    assert lines[4].startswith("cifar10.1_v6,,,,,,")
-
-
-@pytest.mark.parametrize("name, array, message", [
-    ("fog.npy", np.zeros((29, 32, 32, 3), np.uint8), "fog.npy has uint8 (29, 32, 32, 3)"),
-    ("fog.npy", np.zeros((30, 3, 32, 32), np.uint8), "(30, 3, 32, 32)"),
-    ("fog.npy", np.zeros((30, 32, 32, 3), np.float32), "float32"),
-    ("fog.npy", np.array([{}], dtype=object), "fog.npy cannot be read"),
-    ("labels.npy", np.full(30, 10, np.uint8), "from 0 to 9"),
-    ("labels.npy", np.full(30, 1.0), "float64"),
-    ("labels.npy", np.arange(30) % 10, "does not repeat"),
-    ("labels.npy", np.zeros((6, 5), np.uint8), "(6, 5)"),
-    ("labels.npy", None, "labels.npy cannot be read"),
-])
-def test_foreign_published_files_are_refused(tmp_path, name, array, message):
-    write_published(tmp_path)
-    (tmp_path / name).unlink()
-    if array is not None:
-        np.save(tmp_path / name, array, allow_pickle=True)
-    with pytest.raises(UserError) as error:
-        corruptions.find_sets(tmp_path, None)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_severities_of_unequal_size_are_refused(tmp_path):
-    write_published(tmp_path)
-    for name in ("fog", "labels"):
-        np.save(tmp_path / f"{name}.npy", np.load(tmp_path / f"{name}.npy")[:29])
-    (tmp_path / "frost.npy").unlink()
-    with pytest.raises(UserError, match="5 severities of the same size"):
-        corruptions.find_sets(tmp_path, None)
-
-
-class Hostile:
+class Malicious:
     def __init__(self, path):
         self.path = path
 
@@ -152,34 +90,41 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-def test_pickle_in_place_of_an_array_is_not_run(tmp_path):
-    write_published(tmp_path)
-    (tmp_path / "fog.npy").write_bytes(pickle.dumps(Hostile(tmp_path / "touched")))
-    with pytest.raises(UserError, match="fog.npy cannot be read"):
-        corruptions.find_sets(tmp_path, None)
-    assert not (tmp_path / "touched").exists()
+def cut_off(array: np.ndarray, path: Path):
+    np.save(path, array)
+    path.write_bytes(path.read_bytes()[:-1])
 
 
-def test_cut_off_published_file_is_refused(tmp_path):
-    write_published(tmp_path)
-    whole = (tmp_path / "fog.npy").read_bytes()
-    for length in (0, 50, len(whole) - 1):
-        (tmp_path / "fog.npy").write_bytes(whole[:length])
-        with pytest.raises(UserError, match="fog.npy cannot be read"):
-            corruptions.find_sets(tmp_path, None)
+@pytest.mark.parametrize("name, write, message", [
+    ("fog.npy", lambda path: np.save(path, np.zeros((29, 32, 32, 3), np.uint8)), "fog.npy has uint8 (29, 32, 32, 3)"),
+    ("fog.npy", lambda path: np.save(path, np.zeros((30, 32, 32, 3), np.float32)), "float32"),
+    ("fog.npy", lambda path: path.write_bytes(pickle.dumps(Malicious(path.with_name("run")))), "fog.npy is not a"),
+    ("fog.npy", lambda path: np.save(path, np.array([Malicious(path.with_name("run"))])), "fog.npy is not a"),
+    ("fog.npy", lambda path: path.write_bytes(np.load(path).tobytes()[:50]), "fog.npy is not a"),
+    ("fog.npy", lambda path: cut_off(np.load(path), path), "fog.npy is not a"),
+    ("labels.npy", lambda path: np.save(path, np.full(30, 10, np.uint8)), "from 0 to 9"),
+    ("labels.npy", lambda path: np.save(path, np.arange(30) % 10), "the same ones for each severity"),
+    ("labels.npy", lambda path: np.save(path, np.zeros((6, 5), np.uint8)), "(6, 5)"),
+    ("labels.npy", lambda path: path.unlink(), "labels.npy is not a valid .npy array (No such file"),
+])
+def test_malformed_files_are_refused_and_never_run(folder, name, write, message):
+    write(folder / name)
+    with pytest.raises(UserError) as error:
+        corruptions.find_sets(folder, None)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--test-dir", "{}/empty"], "holds neither"),
-    (["--test-dir", "{}", "--limit-test", "7"], "fewer than --limit-test 7"),
-    (["--test-dir", "{}", "--synthetic"], "not allowed with"),
-    (["--test-dir", "{}"], "knows the classes"),
-    (["--synthetic", "--output", "{}/out.txt"], "out.txt"),
-    (["--synthetic", "--seed", "-1"], "-1"),
+    (["--test-dir", "{}/empty"], "expected files of CIFAR-10-C"),
+    (["--test-dir", "{}", "--limit-test", "7"], "--limit-test 7"),
+    (["--test-dir", "{}", "--synthetic"], "cannot be combined"),
+    (["--test-dir", "{}"], "was trained on the classes"),
+    (["--synthetic", "--output", "{}"], "cannot write to {}"),
+    (["--synthetic", "--output", "{}/fog.npy/out.json"], "fog.npy"),
 ])
-def test_mistakes_are_one_line(tmp_path, checkpoint, capsys, flags, message):
-    write_published(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        corruptions.main(["--checkpoint", str(checkpoint), *(flag.format(tmp_path) for flag in flags)])
+def test_mistakes_are_one_line(trained, folder, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(corruptions, "measure", None)  # found before anything is computed
+    status = corruptions.main([str(trained), *(flag.format(folder) for flag in flags)])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert status == 2 and message.format(folder) in error and error.count("\n") == 1

@@ -1,207 +1,212 @@
-"""Folders, download, hostile archives, and the split that is held out."""
+"""Splits, and the two loaders: the same pixels for any loader, number of workers and number of ranks."""
 
-import functools
-import hashlib
-import http.client
-import http.server
-import io
-import tarfile
-import threading
+import contextlib
+import itertools
+import os
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torchvision import transforms
 
-import batches
+import augment
+import cifar10
 import data
+import options
+import trivial_augment
+from distributed import World
 from utils import UserError
 
-NAMES = [*data.TRAIN_FILES, *data.TEST_FILES]
-
-
-def write_files(folder, count=20):
-    """Write the official files, each with `count` images that tell the file and the place they are from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(NAMES):
-        images = np.full((count, 32, 32, 3), number, np.uint8)
-        images[:, 0, 0, 0] = np.arange(count)
-        batches.write_batch(folder / name, images, np.arange(count) % 10, name)
-    batches.write_label_names(folder / data.META_FILE, batches.CLASSES)
-    return folder
-
-
-def pack(members) -> bytes:
-    """Make an archive of (name or TarInfo, content) pairs."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for member, content in members:
-            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
-            info.size = len(content) if info.isfile() else 0
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    """Give the members of an archive in the official layout."""
-    folder = write_files(tmp_path_factory.mktemp("official"))
-    return [(f"{data.FOLDER}/{name}", (folder / name).read_bytes()) for name in [*NAMES, data.META_FILE]]
+FLAGS = ("--augment", "--normalize", "--trivial-augment")
+ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1"]
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method fork")
 
 
 @pytest.fixture
-def serve(tmp_path):
-    """Give a function that serves bytes on this machine and returns their address."""
-    root = tmp_path / "served"
-    root.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root)
-    handler.func.log_message = lambda *_: None
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def put(content: bytes) -> str:
-        (root / "cifar.tar.gz").write_bytes(content)
-        return f"http://127.0.0.1:{server.server_port}/cifar.tar.gz"
-    yield put
-    server.shutdown()
-    server.server_close()
+def folder(tmp_path):
+    """A folder in the official layout: 20 images per file, marked with the file's number and their position."""
+    folder = tmp_path / cifar10.FOLDER
+    folder.mkdir()
+    for number, name in enumerate((*cifar10.TRAIN_FILES, *cifar10.TEST_FILES)):
+        images = np.full((20, 32, 32, 3), number, np.uint8)
+        images[:, 0, 0, 0] = np.arange(20)
+        cifar10.write_batch(folder / name, images, np.arange(20) % 10, name)
+    cifar10.write_label_names(folder / cifar10.META_FILE, list("abcdefghij"))
+    return folder
 
 
-def md5(content: bytes) -> str:
-    return hashlib.md5(content).hexdigest()
-
-
-def test_download_checks_unpacks_and_leaves_nothing_else(official, serve, tmp_path, capsys):
-    archive = pack(official)
-    folder = data.download_archive(tmp_path / "data", serve(archive), md5(archive))
-    assert folder == tmp_path / "data" / data.FOLDER
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
-        name.split("/")[1]: content for name, content in official}
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [data.FOLDER]
-    assert "fetching cifar.tar.gz" in capsys.readouterr().err  # the progress bar
-    assert len(data.load_split(str(tmp_path / "data"), data.TRAIN_FILES).targets) == 100
-
-
-def test_a_wrong_checksum_is_refused_before_unpacking(official, serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "unpack", lambda *_: pytest.fail("unpacked an unchecked archive"))
-    with pytest.raises(UserError, match=f"expected {data.MD5}"):
-        data.download_archive(tmp_path / "data", serve(pack(official)))
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_offline_is_one_clear_error(tmp_path):
-    with pytest.raises(UserError) as error:
-        data.download_archive(tmp_path / "data", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    line = str(error.value)
-    assert "\n" not in line and str(tmp_path / "data" / data.FOLDER) in line and "--synthetic" in line
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_two_that_download_at_once_both_have_it(official, serve, tmp_path, monkeypatch):
-    archive, unpack = pack(official), data.unpack
-
-    def be_slower(*args):
-        monkeypatch.setattr(data, "unpack", unpack)
-        data.download_archive(tmp_path / "data", serve(archive), md5(archive))
-        unpack(*args)
-    monkeypatch.setattr(data, "unpack", be_slower)
-    folder = data.download_archive(tmp_path / "data", serve(archive), md5(archive))
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [data.FOLDER] == [folder.name]
-    assert len(data.load_split(str(tmp_path / "data"), data.TRAIN_FILES).targets) == 100
-
-
-def test_a_server_that_speaks_no_http_is_one_clear_error(tmp_path, monkeypatch):
-    def answer(*_, **__):
-        raise http.client.BadStatusLine("SSH-2.0")
-    monkeypatch.setattr(data.urllib.request, "urlopen", answer)
-    with pytest.raises(UserError, match="SSH-2.0"):
-        data.download_archive(tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_an_interrupted_download_leaves_no_half_file(tmp_path, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "fetch", die)
-    with pytest.raises(KeyboardInterrupt):
-        data.download_archive(tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def link(name, kind, target):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-@pytest.mark.parametrize(("extra", "message"), [
-    ([("../outside", b"x"), ("/tmp/outside", b"x"), (f"{data.FOLDER}/../../outside", b"x")], None),
-    ([(link(f"{data.FOLDER}/data_batch_1", tarfile.SYMTYPE, "/etc/passwd"), b"")], "no plain file"),
-    ([(link(f"{data.FOLDER}/test_batch", tarfile.LNKTYPE, "../outside"), b"")], "no plain file"),
-])
-def test_no_path_of_an_archive_leaves_the_folder(official, serve, tmp_path, extra, message):
-    archive = pack(extra + official)
-    fetch = functools.partial(data.download_archive, tmp_path / "below" / "data", serve(archive), md5(archive))
-    if message:
-        with pytest.raises(UserError, match=message):
-            fetch()
-    else:
-        fetch()
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file() and "served" not in path.parts} == (
-        set() if message else {*NAMES, data.META_FILE})
-
-
-@pytest.mark.parametrize("content", [b"", b"no archive", b"\x1f\x8b\x08\x00" + bytes(30)])
-def test_archives_that_are_none(serve, tmp_path, content):
-    with pytest.raises(UserError, match="archive.tar.gz"):
-        data.download_archive(tmp_path / "data", serve(content), md5(content))
-
-
-def test_archive_with_a_missing_file_or_a_huge_one(official, serve, tmp_path, monkeypatch):
-    archive = pack(official[1:])
-    with pytest.raises(UserError, match="holds no data_batch_1"):
-        data.download_archive(tmp_path / "data", serve(archive), md5(archive))
-    monkeypatch.setattr(batches, "MAX_BYTES", 1000)
-    archive = pack(official)
-    with pytest.raises(UserError, match="sensible size"):
-        data.download_archive(tmp_path / "data", serve(archive), md5(archive))
-
-
-def test_the_folder_itself_or_its_parent(tmp_path):
-    folder = write_files(tmp_path / data.FOLDER)
-    for data_dir in (tmp_path, folder):
-        split = data.load_split(str(data_dir), data.TRAIN_FILES)
+def test_files_are_read_in_order_from_the_folder_or_its_parent(folder):
+    for data_dir in (folder, str(folder.parent)):
+        split = data.load_split(data_dir, cifar10.TRAIN_FILES)
         assert split.images.shape == (100, 32, 32, 3) and split.images.dtype == torch.uint8
-        assert split.images[:, 1, 1, 1].tolist() == [i for i in range(5) for _ in range(20)]  # in the files' order
-        assert data.load_split(str(data_dir), data.TEST_FILES).images[0, 1, 1, 1] == 5
-    assert split.classes == list(batches.CLASSES)
+        assert split.images[:, 1, 1, 1].tolist() == [number for number in range(5) for _ in range(20)]
+        assert split.targets.tolist() == [*range(10)] * 10 and split.targets.dtype == torch.int64
+        assert data.load_split(data_dir, cifar10.TEST_FILES).images[0, 1, 1, 1] == 5
+    assert split.classes == list("abcdefghij")
+    (folder / cifar10.META_FILE).unlink()
+    assert data.load_split(folder, cifar10.TEST_FILES).classes == list(cifar10.CLASSES)
 
 
-def test_limits_take_the_first_images(tmp_path):
-    write_files(tmp_path / data.FOLDER)
-    split = data.load_split(str(tmp_path), data.TRAIN_FILES, limit=25)
-    assert split.images[:, 0, 0, 0].tolist() == [*range(20), *range(5)]
-    with pytest.raises(UserError, match="holds 100 images"):
-        data.load_split(str(tmp_path), data.TRAIN_FILES, limit=101)
+def test_limits_take_the_first_images(folder):
+    split = data.load_split(folder, cifar10.TRAIN_FILES, limit=25)
+    assert split.images[:, 0, 0, 0].tolist() == [*range(20), *range(5)] and len(split.targets) == 25
+    with pytest.raises(UserError, match="has 100 images in data_batch_1.*fewer than the limit of 101"):
+        data.load_split(folder, cifar10.TRAIN_FILES, limit=101)
 
 
-def test_a_missing_file_is_named(tmp_path):
-    (write_files(tmp_path / data.FOLDER) / "data_batch_3").unlink()
+def test_a_missing_file_is_named(folder):
+    (folder / "data_batch_3").unlink()
     with pytest.raises(UserError, match="data_batch_3"):
-        data.load_split(str(tmp_path), data.TRAIN_FILES)
+        data.load_split(folder, cifar10.TRAIN_FILES)
 
 
-def test_no_folder_and_no_download(tmp_path):
-    with pytest.raises(UserError, match=r"no CIFAR-10 in .*--synthetic"):
-        data.load_split(str(tmp_path), data.TRAIN_FILES, download=False)
-
-
-def test_held_out_images_are_balanced_and_the_same_for_all_seeds(tmp_path):
-    split = data.load_split(str(write_files(tmp_path)), data.TRAIN_FILES)
-    train, val = data.hold_out(split, 33)
+def test_validation_images_are_balanced_and_the_same_for_all_seeds(folder):
+    whole = data.load_split(folder, cifar10.TRAIN_FILES)
+    splits = [data.load_data(options.parse_args(["--data-dir", str(folder), "--val-size", "33", "--batch-size", "9",
+                                                 "--seed", seed])[0], World()) for seed in ("1", "2")]
+    train, val, test = splits[0]
     assert len(train.targets) == 67 and sorted(Counter(val.targets.tolist()).values()) == [3] * 7 + [4] * 3
     together = torch.cat([train.images, val.images]).view(100, -1)
-    assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, split.images.view(100, -1).numpy()))
-    assert torch.equal(data.hold_out(split, 33)[1].images, val.images)
-    with pytest.raises(UserError, match="--val-size 100"):
-        data.hold_out(split, 100)
+    assert sorted(map(bytes, together.numpy())) == sorted(map(bytes, whole.images.view(100, -1).numpy()))
+    assert torch.equal(splits[1][1].images, val.images) and len(test.targets) == 20
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--val-size", "100"], r"--val-size 100 takes 10 images of class a, which has 10"),
+    (["--val-size", "30", "--batch-size", "71"], r"--batch-size \(71\) must be at most 70"),
+    (["--limit-train", "7", "--batch-size", "8"], r"--batch-size \(8\) must be at most 7"),
+])
+def test_impossible_sizes_are_refused(folder, flags, message):
+    with pytest.raises(UserError, match=message):
+        data.load_data(options.parse_args(["--data-dir", str(folder), *flags])[0], World())
+
+
+# --- loaders ---------------------------------------------------------------------------------------------------------
+
+
+def make_split(count: int = 70) -> data.Split:
+    rng = np.random.default_rng(0)
+    return data.Split(torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
+                      torch.from_numpy(rng.integers(0, 10, count)), list("abcdefghij"))
+
+
+def parse(*flags: str, batch_size: int = 16):
+    return options.parse_args(["--batch-size", str(batch_size), "--seed", "5", *flags])[0]
+
+
+def batches_of(loader: data.Loader, epoch: int = 2, first_step: int = 0) -> list[list[torch.Tensor]]:
+    return [[tensor.clone() for tensor in batch] for batch in loader.epoch(epoch, first_step)]
+
+
+def assert_same_batches(found, expected):
+    assert len(found) == len(expected)
+    for batch, wanted in zip(found, expected, strict=True):
+        assert len(batch) == len(wanted) and all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
+
+
+def test_pixels_are_those_of_torchvision():
+    split = make_split()
+    rows = list(zip(*(field.tolist() for field in augment.random_params(70, 5, 2)), strict=True))
+    steps = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
+    for flags in ([], ["--trivial-augment"]):
+        batches = batches_of(data.DeviceLoader(split, parse(*flags), "cpu"))
+        inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+        for i, (index, top, left, flip, operation, strength) in enumerate(rows):
+            crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
+            crop.get_params = lambda *_, top=top, left=left: (top, left, 32, 32)
+            image = crop(transforms.ToPILImage()(split.images[index].numpy()))
+            image = transforms.RandomHorizontalFlip(float(flip))(image)
+            if flags:
+                image = trivial_augment.transform_one(transforms.PILToTensor()(image), operation, strength)
+                image = image.permute(1, 2, 0).numpy()
+            assert torch.equal(inputs[i], transforms.Compose(steps)(image)) and targets[i] == split.targets[index]
+
+
+@pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"]])
+def test_both_loaders_yield_the_same_for_every_combination_of_flags(mixes):
+    for chosen in itertools.product(("--", "--no-"), repeat=3):
+        args = parse(*mixes, *(flag.replace("--", prefix) for flag, prefix in zip(FLAGS, chosen, strict=True)))
+        expected = batches_of(data.DeviceLoader(make_split(), args, "cpu"))
+        assert [len(batch[1]) for batch in expected] == [16, 16, 16, 16, 6]
+        assert_same_batches(batches_of(data.WorkersLoader(make_split(), args, "cpu", workers=0)), expected)
+
+
+def test_batches_are_mixed_with_the_image_before():
+    plain = batches_of(data.DeviceLoader(make_split(), parse(), "cpu"))
+    mix = augment.random_mix_params(5, 5, 2, 0.4, 1.0)
+    batches = batches_of(data.DeviceLoader(make_split(), parse("--mixup", "0.4", "--cutmix", "1"), "cpu"))
+    assert {bool(box.any()) for box in mix.box} == {True, False}
+    for (own, labels), (inputs, targets, targets_b, lam), wanted_lam, box in zip(plain, batches, *mix, strict=True):
+        assert torch.equal(targets, labels) and torch.equal(targets_b, labels.roll(1)) and lam == wanted_lam
+        assert torch.equal(inputs, augment.mix(torch.cat([own[-1:], own]), lam, box.tolist()))
+
+
+@pytest.mark.parametrize(("start_method", "workers"), [
+    pytest.param("fork", 1, marks=needs_fork), pytest.param("fork", 2, marks=needs_fork),
+    pytest.param("spawn", 2, marks=pytest.mark.slow)])  # each worker imports torch
+def test_worker_processes_yield_the_same_in_later_epochs_too(start_method, workers):
+    settings = (make_split(), parse(*ALL), "cpu")
+    expected = data.DeviceLoader(*settings)
+    with contextlib.closing(data.WorkersLoader(*settings, workers=workers, start_method=start_method)) as loader:
+        for epoch, first_step in ((0, 0), (1, 3), (2, 0)):  # the workers persist, and must not keep an old epoch
+            assert_same_batches(batches_of(loader, epoch, first_step), batches_of(expected, epoch, first_step))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("count", [11, 12, 13])
+def test_ranks_share_each_batch_without_padding(count, ranks):
+    split = make_split(count)
+    for batch_size, loader in itertools.product((1, ranks - 1, ranks, ranks + 1, count - 1, count),
+                                                (data.DeviceLoader, data.WorkersLoader)):
+        more = {"workers": 0} if loader is data.WorkersLoader else {}
+        args = parse(*ALL, batch_size=batch_size)
+        shards = [batches_of(loader(split, args, "cpu", World(rank, rank, ranks, ranks), **more))
+                  for rank in range(ranks)]
+        together = [[*map(torch.cat, zip(*(shard[:3] for shard in batch), strict=True)), batch[0][3]]
+                    for batch in zip(*shards, strict=True)]
+        assert_same_batches(together, batches_of(data.DeviceLoader(split, args, "cpu")))
+        assert sum(len(batch[1]) for batch in together) == count
+        assert all(len(batch[1]) <= -(-batch_size // ranks) for shard in shards for batch in shard)
+
+
+def test_an_epoch_can_start_at_any_step():
+    loader = data.DeviceLoader(make_split(), parse(*ALL), "cpu")
+    for step in (1, 3, 5):
+        assert_same_batches(batches_of(loader, 4, step), batches_of(loader, 4)[step:])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(data, "count_cores", lambda: 8)
+    for asked, local_size, expected in ((4, 1, 4), (12, 1, 8), (4, 3, 2), (4, 16, 1), (1, 1, 1)):
+        args = parse("--workers", str(asked))
+        loader = data.build_loader(make_split(), args, torch.device("cpu"), World(0, 0, local_size, local_size))
+        assert loader.loader.num_workers == expected
+    assert type(data.build_loader(make_split(), parse(), torch.device("cpu"), World())) is data.DeviceLoader
+
+
+@needs_fork
+def test_a_stuck_worker_is_killed(monkeypatch):
+    """It ignores SIGTERM, like every worker, and so would also hang the exit of the program."""
+    getitem, last = data.ImageDataset.__getitem__, augment.random_params(70, 5, 0).index[-1]
+
+    def get_or_hang(self, params):
+        while params[0] == last:
+            time.sleep(60)
+        return getitem(self, params)
+    monkeypatch.setattr(data.ImageDataset, "__getitem__", get_or_hang)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # patience with slow workers
+    loader = data.WorkersLoader(make_split(), parse(batch_size=35), "cpu", workers=2, start_method="fork")
+    batches = loader.epoch(0)
+    next(batches)
+    workers = list(loader.loader._iterator._workers)
+    try:
+        loader.close()
+        for worker in workers:
+            worker.join(60)
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        for worker in workers:
+            worker.kill()

@@ -1,4 +1,4 @@
-"""Several processes: the same sums as one, to 1e-8 in float64; and whole runs under torchrun, killed and stopped."""
+"""Several ranks: the same sums as one process, to 1e-8 in float64; one end for all; whole runs under torchrun."""
 
 import copy
 import csv
@@ -6,49 +6,52 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from runs import Child, assert_same_run, at_step, free_port, read
+from runs import SMALL, Child, assert_same_run, at_step, break_loss, free_port, read, write_data
 from torch import nn
 from torch.nn import functional as F
 
+import augment
+import cifar10
 import data
+import distributed
 import evaluate
-import models
 import options
-import utils
-from trainer import Trainer
-from utils import Processes, RunFolder, Signals, UserError
+import train
+from checkpoint import RunFolder, TrainState
+from distributed import World
+from utils import Signals, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
 
 # --- in float64 ------------------------------------------------------------------------------------------------------
 
-# Training images, and flags; each 5 steps an epoch, 20 in all. The last batch has 3 images, or one, for two processes.
+# Training images, and flags; each 5 steps an epoch, 20 in all. For two ranks batches are uneven (4 and 3 images), and
+# the last one has 3 images, or one, so that the second rank has none.
 CASES = {
     "smaller last batch": (31, ["--momentum", "0.9", "--grad-clip", "0.05"]),
     "last batch of one": (29, ["--momentum", "0.9", "--grad-clip", "0", "--label-smoothing", "0.1"]),
 }
-EPOCHS, STEPS, LR, DECAY = 4, 5, 0.1, 5e-4
-FLAGS = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2", "--batch-size", "7", "--lr", str(LR),
-         "--epochs", str(EPOCHS), "--weight-decay", str(DECAY), "--device", "cpu", "--precision", "fp32"]
+EPOCHS, STEPS, LR, DECAY, CPU = 4, 5, 0.1, 5e-4, torch.device("cpu")
+FLAGS = [*SMALL, "--batch-size", "7", "--lr", str(LR), "--epochs", str(EPOCHS), "--weight-decay", str(DECAY)]
 
 
 class InDouble(nn.Module):
-    """The network in float64, fed with the loader's float32."""
+    """The network in float64, given the loader's float32."""
 
-    def __init__(self, flags: list[str]):
+    def __init__(self, args):
         super().__init__()
         torch.manual_seed(0)
-        self.network = models.build_model(**options.model_args(options.parse_args(flags)[0])).double()
+        self.network = options.build_model(args).double()
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.network(inputs.double())
@@ -60,64 +63,51 @@ def make_split(count: int) -> data.Split:
                       torch.from_numpy(rng.integers(0, 10, count)), list("abcdefghij"))
 
 
-def make_trainer(case: str, folder: Path, processes: Processes, *more: str) -> Trainer:
-    count, flags = CASES[case]
-    args, _ = options.parse_args([*FLAGS, *flags, *more])
-    loader = data.DeviceLoader(make_split(count), args.batch_size, torch.device("cpu"), 0, processes=processes)
-    return Trainer(args, InDouble([*FLAGS, *flags]), loader, make_split(22), "test", RunFolder(folder),
-                   torch.device("cpu"), processes)
-
-
 def train_in_double(rank: int, folder: Path, port: str) -> None:
-    """Train every case as one of two processes, and write what came of it; what `Child` does before its own run."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    own_port, os.environ["MASTER_PORT"] = os.environ["MASTER_PORT"], port
-    processes = utils.start_processes()
-    evaluate.BATCH_SIZE, found = 4, {}  # so that both have images to evaluate
-    for name in CASES:
-        trainer = make_trainer(name, folder, processes)
+    """Train every case as one of two ranks, and write the results; what `Child` does before its own run."""
+    os.environ["MASTER_PORT"], own_port = port, os.environ["MASTER_PORT"]
+    world = distributed.start()
+    evaluate.CPU_BATCH_SIZE, found = 4, {"world": tuple(world)}  # so that both have images to evaluate
+    for name, (count, flags) in CASES.items():
+        args, _ = options.parse_args([*FLAGS, *flags])
+        model, loader = InDouble(args), data.DeviceLoader(make_split(count), args, CPU, world)
+        state = TrainState(args, model, len(loader), "fp32")
+        run = train.Run(args, world, CPU, "fp32", RunFolder(folder), loader, make_split(22), "test",
+                        train.build_forward(args, model, CPU, "fp32"))
         for _ in range(EPOCHS):
-            trainer.train_epoch(Signals())
-            trainer.finish_epoch()
-        found[name] = {"weights": trainer.model.state_dict(), "history": trainer.history}
-    try:
-        processes.first_do(refuse)
-    except UserError as error:
-        found["error"] = str(error)
-    except SystemExit as error:
-        found["error"] = f"SystemExit {error.code}"
+            train.train_one_epoch(run, state, Signals())
+            train.finish_epoch(run, state)
+        found[name] = {"weights": model.state_dict(), "history": state.history}
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    distributed.stop()
     os.environ["MASTER_PORT"] = own_port
     if rank:  # in the run that follows
-        utils.write_atomically = RunFolder.open = RunFolder.clear = refuse
+        train.open_run = RunFolder.create = RunFolder.save = refuse
 
 
 def refuse(*_) -> None:
-    """Fail, if anyone calls it."""
-    raise UserError("only the first process may do this")
+    raise UserError("only rank 0 may do this")
 
 
-@cache
 def train_halves_apart(case: str) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Do in one process and plain words what two should: each half of a batch by itself, then one step."""
+    """Do in one process what two ranks should do: each half of a batch by itself, then one step."""
     count, flags = CASES[case]
     args, _ = options.parse_args([*FLAGS, *flags])
-    model, test = InDouble([*FLAGS, *flags]).train(), make_split(22)
+    model, test = InDouble(args).train(), make_split(22)
     velocities, history, step = [torch.zeros_like(p) for p in model.parameters()], [], 0
     for epoch in range(EPOCHS):
-        sums = {"loss": 0.0, "hits": 0}
-        for inputs, targets in data.DeviceLoader(make_split(count), 7, torch.device("cpu"), 0).epoch(epoch):
+        loss_sum = correct = 0
+        for inputs, targets in data.DeviceLoader(make_split(count), args, CPU).epoch(epoch):
             middle = (len(targets) + 1) // 2
             gradients = [torch.zeros_like(p) for p in model.parameters()]
-            # batch norm's averages are those that the first process sees
+            # the running statistics of batch norm are those of rank 0
             for half, network in ((slice(middle), model), (slice(middle, None), copy.deepcopy(model))):
                 if not len(targets[half]):
                     continue
                 logits = network(inputs[half])
                 loss = F.cross_entropy(logits, targets[half], reduction="sum", label_smoothing=args.label_smoothing)
-                sums["loss"] += loss.item()
-                sums["hits"] += int((logits.argmax(1) == targets[half]).sum())
+                loss_sum += loss.item()
+                correct += int((logits.argmax(1) == targets[half]).sum())
                 for total, part in zip(gradients, torch.autograd.grad(loss, network.parameters()), strict=True):
                     total += part / len(targets)
             lr = LR * (1 + math.cos(math.pi * step / (EPOCHS * STEPS))) / 2
@@ -130,180 +120,257 @@ def train_halves_apart(case: str) -> tuple[nn.Module, list[dict[str, float]]]:
             step += 1
         model.eval()
         with torch.no_grad():  # one image at a time
-            logits = torch.cat([model(evaluate.to_input(image[None])) for image in test.images])
+            logits = torch.cat([model(augment.to_input(image[None])) for image in test.images])
         model.train()
-        history.append({"train_loss": sums["loss"] / count, "train_accuracy": 100 * sums["hits"] / count,
+        history.append({"train_loss": loss_sum / count, "train_accuracy": 100 * correct / count,
                         "test_loss": F.cross_entropy(logits, test.targets).item(),
                         "test_accuracy": 100 * int((logits.argmax(1) == test.targets).sum()) / 22})
     assert step == EPOCHS * STEPS == 20
     return model, history
 
 
+# --- ranks without a launcher ----------------------------------------------------------------------------------------
+
+
+def run_ranks(argv, folder: Path, prepare=None, args=(), size: int = 2, **env) -> tuple[list[int], list[str]]:
+    """Run train.py on ranks that know what srun sets, RANK and WORLD_SIZE; return their statuses and outputs."""
+    env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **env}
+    children = [Child([*map(str, argv)], folder / f"{rank}.log", prepare, (rank, *args), RANK=str(rank), **env)
+                for rank in range(size)]
+    return [child.wait() for child in children], [child.output() for child in children]
+
+
 @pytest.fixture(scope="module")
-def two(data_dir, tmp_path_factory):
-    """Let two processes train the cases in float64, and then the run that those under torchrun must equal."""
-    folder, ports = tmp_path_factory.mktemp("two"), (free_port(), free_port())
-    children = [Child([*places(data_dir, folder, "unbroken"), *RUN], folder / f"{rank}.log", train_in_double,
-                      (rank, folder, ports[0]), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[1]) for rank in range(2)]
-    statuses = [child.wait() for child in children]
-    return folder, statuses, [child.output() for child in children]
+def flags(tmp_path_factory):
+    """A run of 5 steps an epoch, the last of one image, which only rank 0 has; dropout differs between the ranks."""
+    folder = write_data(tmp_path_factory.mktemp("data"), 33)
+    return [*SMALL, "--limit-train", "33", "--epochs", "4", "--lr", "0.02", "--dropout", "0.2", "--data-dir", folder]
+
+
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory):
+    """Two ranks that trained the cases in float64, and then a whole run."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, *run_ranks([*flags, "--output-dir", folder / "unbroken"], folder, train_in_double,
+                              (folder, free_port()))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one_that_runs_both_halves_apart(two, case):
-    model, _ = train_halves_apart(case)
-    start = InDouble(FLAGS).state_dict()
+def test_two_ranks_equal_one_process_that_runs_both_halves(two, case):
+    model, history = train_halves_apart(case)
     for rank in range(2):
-        weights = torch.load(two[0] / f"{rank}.pt")[case]["weights"]
+        found = torch.load(two[0] / f"{rank}.pt")[case]
         for name, expected in model.state_dict().items():
-            torch.testing.assert_close(weights[name], expected, rtol=0, atol=1e-8)
-            assert not torch.equal(expected, start[name])
+            torch.testing.assert_close(found["weights"][name], expected, rtol=0, atol=1e-8)
+        for row, expected in zip(found["history"], history, strict=True):
+            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)  # logits are float32
+            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_metrics_of_two_processes_are_those_of_all_images(two, case):
-    _, expected = train_halves_apart(case)
-    for rank in range(2):
-        history = torch.load(two[0] / f"{rank}.pt")[case]["history"]
-        for row, wanted in zip(history, expected, strict=True):
-            assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
-            assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-9)
+def test_rank_0_prints_and_writes_and_metrics_are_of_all_images(two):
+    folder, statuses, (printed, silent) = two
+    assert statuses == [0, 0], printed + silent
+    assert "2 ranks" in printed and "accuracy: last epoch" in printed and silent == ""
+    rows = list(csv.DictReader((folder / "unbroken" / "metrics.csv").open()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10"), ("3", "15"), ("4", "20")]
+    correct = [float(row["train_accuracy"]) * 33 / 100 for row in rows]
+    assert correct == pytest.approx([round(number) for number in correct], abs=1e-3)
 
 
-def test_a_user_s_mistake_on_the_first_process_ends_all_and_is_told_once(two):
-    errors = [torch.load(two[0] / f"{rank}.pt")["error"] for rank in range(2)]
-    assert errors == ["only the first process may do this", "SystemExit 2"]
+def print_world(rank: int) -> None:
+    """Print this rank's place, as on two machines with two ranks and one."""
+    socket.gethostname = lambda: "beta" if rank == 1 else "alpha"
+    print(tuple(distributed.start()), flush=True)
+    sys.exit(0)
 
 
-def die_in_the_third_step(rank: int) -> None:
-    """Let the second process be killed."""
+def test_local_rank_and_size_come_from_the_host_names(two, tmp_path):
+    assert [torch.load(two[0] / f"{rank}.pt")["world"] for rank in range(2)] == [(0, 0, 2, 2), (1, 1, 2, 2)]
+    _, outputs = run_ranks([], tmp_path, print_world, size=3, LOCAL_RANK="7")
+    assert outputs == ["(0, 0, 3, 2)\n", "(1, 0, 3, 1)\n", "(2, 1, 3, 2)\n"]
+
+
+def test_ranks_without_an_address_are_one_line(monkeypatch, flags, tmp_path, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", free_port())):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert train.main([*map(str, flags), "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.match("train.py: error: RANK and WORLD_SIZE are set.*MASTER_ADDR", error)
+
+
+# --- every end is that of all ranks ----------------------------------------------------------------------------------
+
+
+def damage_data(folder: Path) -> None:
+    (folder / cifar10.TRAIN_FILES[0]).write_bytes(b"nothing")
+
+
+def remove_data(folder: Path) -> None:
+    for name in (cifar10.TRAIN_FILES[0], cifar10.TEST_FILES[0]):
+        (folder / name).unlink()
+
+
+def do_not_retry(rank: int) -> None:
+    cifar10.PAUSES = ()
+
+
+def block_args_json(folder: Path) -> None:
+    (folder / "run" / "args.json" / "file").mkdir(parents=True)
+
+
+def lose_contact(rank: int) -> None:
     if rank == 1:
-        at_step(0, 3, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        at_step(0, 3, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_a_lost_process_is_told_in_one_line(data_dir, tmp_path):
-    port = free_port()
-    left, lost = (Child([*places(data_dir, tmp_path, "left"), *RUN], tmp_path / f"{rank}.log", die_in_the_third_step,
-                        (rank,), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                        MASTER_PORT=port) for rank in range(2))
-    assert (left.wait(), lost.wait()) == (1, -signal.SIGKILL)
-    assert left.output().splitlines()[-1].startswith("train.py: error: another process of this run was lost")
-    assert "Traceback" not in left.output()
+def diverge(rank: int) -> None:
+    if rank == 1:
+        break_loss(0, 2)
 
 
-# --- votes -----------------------------------------------------------------------------------------------------------
+def spoil_statistics(rank: int) -> None:
+    """Put a NaN into what only rank 1 has, its batch norm statistics, before a save."""
+    if rank == 1:
+        at_step(0, 2, lambda _, state: next(state.model.buffers()).fill_(float("nan")))
 
 
-class Vote(Processes):
-    """One of two processes that votes alone; something can happen while it waits for the other."""
+@pytest.mark.parametrize(("break_files", "prepare", "statuses", "line"), [
+    (damage_data, None, [2, 2], r".*data_batch_1"),
+    (remove_data, do_not_retry, [2, 2], r".*--synthetic"),  # nor can it be downloaded
+    (block_args_json, None, [1, 1], r".*args\.json"),
+    (None, diverge, [1, 1], r"the loss is not finite in epoch 1, step 3"),
+    pytest.param(None, spoil_statistics, [1, 1], r"a weight is not finite", marks=pytest.mark.xfail(
+        strict=True, reason="train.save asks this rank alone whether its state is finite")),
+    (None, lose_contact, [1, -signal.SIGKILL], r"lost contact with another rank.*--resume"),
+])
+def test_an_error_on_one_rank_ends_all_with_one_line(flags, tmp_path, break_files, prepare, statuses, line):
+    write_data(tmp_path, 33)
+    if break_files:
+        break_files(tmp_path)
+    places = ["--data-dir", tmp_path, "--output-dir", tmp_path / "run"]
+    found, outputs = run_ranks([*flags, *places, "--save-minutes", "0"], tmp_path, prepare or print,
+                               https_proxy="http://127.0.0.1:9", no_proxy="")
+    assert found == statuses, outputs
+    errors = re.findall(r"^train\.py: error: .*$|^Traceback.*$", "".join(outputs), re.M)
+    assert len(errors) == 1 and re.match(f"train.py: error: {line}", errors[0]), outputs
 
-    def max(self, tensor):
-        self.meanwhile()
-        return tensor
 
-    def meanwhile(self) -> None:
-        pass
+class Vote(World):
+    """One of two ranks, which votes alone."""
 
-
-@pytest.mark.parametrize(("device", "expected"), [("cpu", [1, 2, 3, 4, 5]), ("cuda", [2, 4, 5])])
-def test_gpus_vote_at_the_log_interval_and_at_the_end_of_an_epoch(tmp_path, device, expected):
-    trainer = make_trainer("last batch of one", tmp_path, Processes(), "--log-interval", "2")
-    signals, stopped = Signals(), []
-    trainer.processes, trainer.device, signals.stop = Vote(0, 0, 2), torch.device(device), 15
-    for trainer.step in range(1, STEPS + 1):
-        if trainer.agree(signals) == (15, False):
-            stopped.append(trainer.step)
-    assert stopped == expected
+    def max(self, values):
+        return values
 
 
-def test_a_signal_that_comes_during_a_vote_is_not_lost(tmp_path, monkeypatch):
-    trainer, signals = make_trainer("last batch of one", tmp_path, Processes()), Signals()
-    trainer.processes = Vote(0, 0, 2)
-    monkeypatch.setattr(Vote, "meanwhile", lambda _: setattr(signals, "save", True))
-    assert trainer.agree(signals) == (None, False)
-    monkeypatch.undo()
-    assert trainer.agree(signals) == (None, True)
-    assert trainer.agree(signals) == (None, False)
+@pytest.mark.parametrize(("is_cpu", "expected"), [(True, [1, 2, 3, 4, 5]), (False, [2, 4, 5])])
+def test_gpus_agree_on_signals_at_the_log_interval_and_at_the_end_of_an_epoch(is_cpu, expected):
+    run = SimpleNamespace(world=Vote(0, 0, 2, 2), is_cpu=is_cpu, loader=range(5), folder=SimpleNamespace(saved_at=0),
+                          args=SimpleNamespace(save_minutes=1e9, log_interval=2))
+    signals = SimpleNamespace(stop=143)
+    votes = {step: train.check_signals(run, SimpleNamespace(step=step), signals) for step in range(1, 6)}
+    assert [step for step, vote in votes.items() if vote == (143, False)] == expected
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
-# 5 steps an epoch, the last of one image, which only the first process has; dropout, which differs between the two.
-RUN = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2", "--batch-size", "8", "--limit-train", "33",
-       "--limit-test", "20", "--epochs", "4", "--lr", "0.02", "--dropout", "0.2", "--device", "cpu", "--precision",
-       "fp32", "--synthetic"]
-# A first life in which a process is killed, a second in which the agent is told to end, as by a job queue.
-WRAPPER = """
+
+def stop_after(rank: int, size: int, epoch: int, step: int) -> None:
+    """Let one rank get a signal at the end of a step."""
+    if rank == size - 1:
+        at_step(epoch, step, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+def test_resume_with_another_number_of_ranks(flags, tmp_path):
+    folder = tmp_path / "run"
+    run_flags = [*flags, "--output-dir", folder]
+    for size, epoch, step, change in ((2, 0, 2, None), (1, 1, 3, "ranks 2 -> 1"), (3, 2, 1, "ranks 1 -> 3")):
+        statuses, outputs = run_ranks(run_flags, tmp_path, stop_after, (size, epoch, step), size)
+        assert statuses == [143] * size, outputs
+        assert change is None or "resuming, but not bitwise-identically" in outputs[0] and change in outputs[0]
+        saved, run_flags = read(folder), ["--resume", folder]
+        assert (saved["epoch"], saved["step"], len(saved["totals"])) == (epoch, step, size)
+    assert run_ranks(run_flags, tmp_path, print, size=2)[0] == [0, 0]
+    history = read(folder)["history"]
+    correct = [row["train_accuracy"] * 33 / 100 for row in history]  # of all images, by whatever ranks
+    assert len(history) == 4 and correct == pytest.approx([round(number) for number in correct], abs=1e-9)
+
+
+# A first life in which a rank is killed, a second in which the launcher is told to stop, as by a job queue.
+KILLED_AND_STOPPED = """
 import os, signal, sys, time
-import plots, runs, train, utils
-from trainer import Trainer
+import evaluate, train, utils
 
 life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-train_step, note, heard = Trainer.train_step, utils.Signals._note, []
+train_step, note, noted = train.train_step, utils.Signals._note, []
 
-def note_and_tell(*args):
+def note_and_remember(*args):
     note(*args)
-    heard.append(True)
+    noted.append(True)
 
-def train_step_and_end(self, *batch):
-    train_step(self, *batch)
-    done = self.epoch * len(self.loader) + self.step
-    if life == 0 and rank == {killed} and done == {kill_at}:
+def train_step_and_end(run, state, *batch):
+    train_step(run, state, *batch)
+    step = state.epoch * len(run.loader) + state.step
+    if life == 0 and rank == {killed} and step == {kill_at}:
         os.kill(os.getpid(), signal.SIGKILL)
-    if life == 1 and rank == 0 and done == {end_at}:
+    if life == 1 and rank == 0 and step == {end_at}:
         os.kill(os.getppid(), signal.SIGTERM)
-        while not heard:  # until the agent has passed it on
+        while not noted:  # until the launcher has passed it on
             time.sleep(0.01)
 
-Trainer.train_step, utils.Signals._note, plots.safely = train_step_and_end, note_and_tell, runs.no_picture
+train.train_step, utils.Signals._note = train_step_and_end, note_and_remember
+train.draw_curves = evaluate.draw_pictures = lambda *_: None
 sys.exit(train.main([*sys.argv[1:], "--save-minutes", "0" if life == 0 else "60"]))
+"""
+DIVERGING = """
+import os, sys
+import runs, train
+
+if os.environ["RANK"] == "1":
+    runs.break_loss(0, 2)
+sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def places(data_dir: Path, folder: Path, name: str) -> list[str]:
-    return ["--data-dir", str(data_dir), "--checkpoint-dir", str(folder), "--name", name]
-
-
-def torchrun(script: Path, *flags: str, timeout_s: float = 120) -> tuple[int, str, str]:
-    """Run a program on two processes, and again on two if one of them dies; return status, stdout and stderr."""
+def torchrun(script: Path, *flags, restarts: int = 1, timeout_s: float = 600) -> tuple[int, str, str]:
+    """Run two ranks that torchrun starts again when one of them fails; return status, stdout and stderr."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", "1", str(script), *flags]
+               "--max-restarts", str(restarts), str(script), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
         try:
-            said, complained = agent.communicate(timeout=timeout_s)
+            printed, errors = agent.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            agent.terminate()  # and with it those that it started
+            agent.terminate()  # and with it the ranks
             pytest.fail(f"still running after {timeout_s} s: {agent.communicate()}")
-    return agent.returncode, said, complained
-
-
-def test_a_run_on_two_processes_is_told_and_written_by_the_first(two):
-    folder, statuses, (said, silent) = two
-    assert statuses == [0, 0], said + silent
-    assert "2 processes" in said and "last test accuracy" in said
-    assert "epoch" not in silent and "accuracy" not in silent
-    rows = list(csv.DictReader((folder / "unbroken" / "metrics.csv").open()))
-    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10"), ("3", "15"), ("4", "20")]
-    hits = [float(row["train_accuracy"]) * 33 / 100 for row in rows]
-    assert hits == pytest.approx([round(number) for number in hits], abs=1e-3)
+    return agent.returncode, printed, errors
 
 
 @pytest.mark.parametrize(("killed", "kill_at", "end_at"), [
     (1, 4, 11), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 1, 5), (0, 5, 6), (1, 10, 19)])])
-def test_torchrun_goes_on_after_a_killed_process_and_after_sigterm(two, data_dir, tmp_path, killed, kill_at, end_at):
-    wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text(WRAPPER.format(killed=killed, kill_at=kill_at, end_at=end_at))
-    flags = [*places(data_dir, tmp_path, "broken"), *RUN, "--resume", "auto"]
-    _, said, complained = torchrun(wrapper, *flags)
-    beginnings = re.findall(r"^run .*\((.*)\)$", said, re.MULTILINE)
+def test_torchrun_resumes_after_a_killed_rank_and_after_sigterm(two, flags, tmp_path, killed, kill_at, end_at):
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(KILLED_AND_STOPPED.format(killed=killed, kill_at=kill_at, end_at=end_at))
+    flags = [*flags, "--output-dir", folder, "--resume", "auto"]
+    _, printed, errors = torchrun(script, *flags)
+    starts = re.findall(r"^folder .*\((.*)\)$", printed, re.MULTILINE)
     epoch, step = divmod(kill_at - 1, STEPS)  # the last one saved
-    assert beginnings == ["new", f"from epoch {epoch + 1}, step {step}" if epoch or step else "new"], complained
-    assert "all saved; go on with: " in said
-    saved = read(tmp_path / "broken")
+    restart = f"resumed in epoch {epoch + 1} after step {step}" if epoch or step else "new run"
+    assert starts == ["new run", restart], errors
+    assert "all saved; resume with: torchrun --nproc-per-node 2 " in printed
+    saved = read(folder)
     assert saved["epoch"] * STEPS + saved["step"] == end_at
-    status, _, complained = torchrun(ROOT / "train.py", *flags)
-    assert status == 0, complained
-    assert (tmp_path / "broken" / "results.json").exists()
-    assert_same_run(tmp_path / "broken", two[0] / "unbroken")
+    assert run_ranks(flags, tmp_path, print)[0] == [0, 0]
+    assert_same_run(folder, two[0] / "unbroken")
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_train_a_diverged_run_again(flags, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DIVERGING)
+    status, printed, errors = torchrun(script, *flags, "--output-dir", tmp_path / "run", "--resume", "auto", restarts=2)
+    assert status == 1 and printed.count("new run") == 1 and "resumed" not in printed
+    lines = re.findall("^train.py: error: (.*)$", errors, re.M)
+    assert [line.split(" in epoch 1")[0] for line in lines] == ["the loss is not finite", *[
+        "not restarted: the loss is not finite"] * 2]
+    assert "lost contact" not in errors

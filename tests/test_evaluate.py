@@ -1,253 +1,157 @@
-"""What a trained network is worth: logits, scores, report, checkpoints of both kinds; and what is refused."""
+"""Scores: against plain computations, of every kind of checkpoint, and as the program prints them."""
 
 import csv
-import math
+import errno
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, accuracy_of, one_by_one, publish, refused
-from torch.nn import functional as F
+from conftest import accuracy_in, one_by_one
 
+import cifar10
 import evaluate
 import models
-from synthetic import NAMES
-from utils import Processes, UserError, load_checkpoint
+import plots
+from checkpoint import load_checkpoint
 
-CPU = torch.device("cpu")
-MODEL = TINY[:TINY.index("--batch-size")]  # the flags of the network
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    network = models.build_model((1, 1), 8, se_reduction=4, dropout=0.5)
-    for _ in range(30):
-        network(torch.randn(16, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3))  # for batch norm's averages
-    network.linear.weight.data *= 30  # gives it opinions
-    return network.eval()
+CPU_FLAGS = ["--device", "cpu", "--precision", "fp32", "--limit-test", "50"]
 
 
-@pytest.fixture(scope="module")
-def images():
-    tiles = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), dtype=np.uint8)
-    return torch.from_numpy(tiles.repeat(8, 1).repeat(8, 2))
+@pytest.fixture
+def scores(run_evaluate, capsys):
+    """A function that runs evaluate.py and returns the accuracy and the loss that it prints."""
+    def run(*flags, **where):
+        assert run_evaluate(*flags, **where) == 0
+        return re.search(r"test accuracy (\d+\.\d\d) %, loss (\d+\.\d{4}),", capsys.readouterr().out).groups()
+    return run
 
 
-@pytest.fixture(scope="module")
-def answers():
-    """Give logits and targets of 500 images; no one ever guesses class 7, and no image is of class 3."""
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(0, 10, (500,), generator=generator)
-    targets[targets == 3] = 4
-    logits = 2 * torch.randn(500, 10, generator=generator) + 3 * F.one_hot(targets, 10)
-    logits[:, 7] = -20
-    return logits, targets
+@pytest.fixture
+def refused(run_evaluate, capsys):
+    """A function that runs evaluate.py on what must fail, before or after it prints scores; returns what it prints."""
+    def run(*flags, status=2, **where):
+        assert run_evaluate(*flags, **where) == status
+        printed = capsys.readouterr()
+        assert printed.err.startswith("evaluate.py: error: ") and printed.err.count("\n") == 1
+        assert bool(printed.out) == (status == 1)
+        return printed.out + printed.err
+    return run
 
 
-# --- logits and figures ----------------------------------------------------------------------------------------------
+def plain_scores(probabilities, targets):
+    """Compute accuracy and loss image by image, in the form that evaluate.py prints."""
+    rows = list(zip(probabilities.double().tolist(), targets.tolist(), strict=True))
+    accuracy = 100 * sum(row.index(max(row)) == target for row, target in rows) / len(rows)
+    return f"{accuracy:.2f}", f"{-np.mean([np.log(row[target]) for row, target in rows]):.4f}"
 
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("batch_size", [1, 7, 23, 1000])
-def test_logits_do_not_depend_on_the_batch_size(monkeypatch, model, images, batch_size, normalize):
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", batch_size)
-    found = evaluate.predict_logits(model, images, CPU, normalize=normalize)
-    assert found.shape == (23, 10) and found.dtype == torch.float32
-    torch.testing.assert_close(found, one_by_one(model, images, normalize), rtol=1e-4, atol=1e-5)
-
-
-class Lonely(Processes):
-    """One of several processes, without the others: its part is not added up."""
-
-    def sum(self, tensor):
-        return tensor
-
-
-@pytest.mark.parametrize("size", [2, 3, 7])  # 6 batches: also one process too many
-def test_logits_do_not_depend_on_the_number_of_processes(monkeypatch, model, images, size):
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
-    parts = [evaluate.predict_logits(model, images, CPU, processes=Lonely(rank, rank, size)) for rank in range(size)]
-    assert torch.equal(sum(parts), evaluate.predict_logits(model, images, CPU))
-    assert all((part == 0).any() for part in parts)
-
-
-def test_tta_averages_probabilities_with_the_mirror_image(model, images):
-    found = evaluate.predict_logits(model, images, CPU, tta=True)
-    pairs = [one_by_one(model, each).softmax(1) for each in (images, images.flip(2))]
-    torch.testing.assert_close(found.softmax(1), sum(pairs) / 2, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.exp(), found.softmax(1))  # so a mean loss of them means something
-    assert (pairs[0] - pairs[1]).abs().max() > 0.1
-
-
-def test_tta_does_not_see_the_side(model, images):
-    found, mirrored = (evaluate.predict_logits(model, each, CPU, tta=True) for each in (images, images.flip(2)))
-    torch.testing.assert_close(found, mirrored)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_predicting_leaves_the_model_as_it_was(model, images, training):
-    expected = evaluate.predict_logits(model, images, CPU)
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 1000])
+def test_logits_depend_neither_on_the_batch_size_nor_on_the_mode(monkeypatch, trained, test_set, expected, batch_size):
+    monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", batch_size)
+    model = evaluate.load_checkpoint_model(trained)[0].train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.train(training)
-    try:
-        found = evaluate.predict_logits(model, images, CPU)
-        assert model.training == training and all(module.training == training for module in model.modules())
-    finally:
-        model.eval()
-    assert torch.equal(found, expected)  # without dropout, with batch norm's averages
+    found = evaluate.predict_logits(model, test_set.images, "cpu")
+    assert found.shape == (50, 10) and found.dtype == torch.float32
+    torch.testing.assert_close(found.softmax(1), expected, rtol=1e-4, atol=1e-5)
+    assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_half_precision_is_close(model, images):
-    expected = evaluate.predict_logits(model, images, CPU).softmax(1)
-    found = evaluate.predict_logits(model, images, CPU, "bf16").softmax(1)
-    assert 0 < (found - expected).abs().max() < 0.02
-
-
-def test_score_against_a_loop(answers):
-    logits, targets = answers
-    losses, hits = [], 0
-    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
-        losses.append(math.log(sum(math.exp(value) for value in row)) - row[target])
-        hits += row.index(max(row)) == target
-    found = evaluate.score(logits, targets)
-    assert found["loss"] == pytest.approx(sum(losses) / 500, rel=1e-5)
-    assert 200 < hits < 500 and found["accuracy"] == 100 * hits / 500  # to the bit, as it is printed and compared
-
-
-def test_accuracy_is_exact_for_every_count():
-    targets = torch.zeros(50, dtype=torch.int64)
-    for hits in range(51):
-        logits = F.one_hot((torch.arange(50) >= hits).long(), 10).float()
-        assert evaluate.score(logits, targets)["accuracy"] == 100 * hits / 50
-
-
-def test_confusion_and_per_class_against_a_loop(answers):
-    logits, targets = answers
-    pairs = [(target, row.index(max(row))) for row, target in zip(logits.tolist(), targets.tolist(), strict=True)]
-    confusion = evaluate.confusion_matrix(logits, targets)
-    assert confusion.dtype == torch.int64
-    assert confusion.tolist() == [[pairs.count((i, j)) for j in range(10)] for i in range(10)]
-    for label, row in enumerate(evaluate.per_class(confusion, "abcdefghij")):
-        guessed = [target == label for target, guess in pairs if guess == label]
-        there = [guess == label for target, guess in pairs if target == label]
-        agreed = [(target == label) == (guess == label) for target, guess in pairs]
-        expected = [100 * sum(cases) / len(cases) if cases else None for cases in (guessed, there, agreed)]
-        assert (row["class"], row["count"]) == ("abcdefghij"[label], len(there))
-        assert [row["precision"], row["recall"], row["accuracy"]] == pytest.approx(expected)
-    rows = evaluate.per_class(confusion, "abcdefghij")
-    assert rows[7]["precision"] is None and rows[3]["recall"] is None
+def test_scores_of_each_class():
+    predictions, targets = torch.tensor([0, 0, 0, 1, 2, 2, 5]), torch.tensor([0, 0, 1, 1, 1, 2, 4])
+    logits = torch.nn.functional.one_hot(predictions, 10).float()
+    matrix = evaluate.confusion_matrix(logits, targets)
+    assert matrix.dtype == torch.int64 and matrix.sum() == 7
+    assert [matrix[i, j].item() for i, j in ((0, 0), (1, 0), (1, 1), (1, 2), (2, 2), (4, 5))] == [2, 1, 1, 1, 1, 1]
+    rows = [tuple(row.values()) for row in evaluate.per_class(logits, targets, list("abcdefghij"))]
+    assert rows[:3] == [("a", 2, 200 / 3, 100.0), ("b", 3, 100.0, 100 / 3), ("c", 1, 50.0, 100.0)]
+    assert rows[3:7] == [("d", 0, None, None), ("e", 1, None, 0.0), ("f", 0, 0.0, None), ("g", 0, None, None)]
 
 
 @pytest.mark.parametrize("scale", [0.2, 1, 5, 1000])  # at 1000 every confidence is 1
-def test_calibration_error_against_a_loop(answers, scale):
-    logits, targets = answers[0] * scale, answers[1]
+def test_calibration_error_against_a_loop(scale):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = scale * torch.randn(500, 10, generator=generator), torch.randint(10, (500,), generator=generator)
     bins = [[] for _ in range(15)]
     for row, target in zip(logits.double().softmax(1).tolist(), targets.tolist(), strict=True):
-        confidence = max(row)
-        edge = next(i for i in range(1, 16) if confidence <= i / 15 or i == 15)
-        bins[edge - 1].append((confidence, row.index(confidence) == target))
-    expected = sum(len(cases) / 500 * abs(sum(c for c, _ in cases) / len(cases) - sum(h for _, h in cases) / len(cases))
-                   for cases in bins if cases)
-    assert evaluate.calibration_error(logits, targets) == pytest.approx(100 * expected, abs=1e-3)
+        edge = next(i for i in range(1, 16) if max(row) <= i / 15 or i == 15)
+        bins[edge - 1].append((max(row), row.index(max(row)) == target))
+    gaps = [abs(sum(confidence for confidence, _ in cases) - sum(correct for _, correct in cases)) for cases in bins]
+    assert evaluate.calibration_error(logits, targets) == pytest.approx(100 * sum(gaps) / 500, abs=1e-3)
+
+def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, capsys):
+    assert run_evaluate("--limit-test", "8") == 0
+    first, header, *rows, last = capsys.readouterr().out.splitlines()
+    scores = plain_scores(expected[:8], test_set.targets[:8])
+    assert first.endswith("last.pt: test accuracy {} %, loss {}, 8 images".format(*scores))
+    assert header.split() == ["class", "images", "precision", "recall"]
+    for name, count, row in zip(test_set.classes, test_set.targets[:8].bincount(minlength=10), rows, strict=True):
+        recall = "[0-9.]+" if count else "-"
+        assert re.fullmatch(rf"{name} +{count} +(-|[0-9.]+) +{recall}", row)
+    assert re.fullmatch(r"expected calibration error \d+\.\d\d %", last)
 
 
-def test_calibration_error_of_known_cases():
-    sure = torch.tensor([[50.0] + 9 * [0.0]] * 4)
-    assert evaluate.calibration_error(sure, torch.zeros(4, dtype=torch.int64)) == pytest.approx(0, abs=1e-4)
-    assert evaluate.calibration_error(sure, torch.tensor([0, 0, 1, 1])) == pytest.approx(50, abs=1e-4)
+def test_tta_averages_probabilities_with_the_flipped_image(scores, trained, expected, test_set):
+    flipped = one_by_one(evaluate.load_checkpoint_model(trained)[0], test_set.images.flip(2)).softmax(1)
+    assert scores("--tta") == plain_scores((expected + flipped) / 2, test_set.targets)
+    assert len({scores(), scores("--tta"), scores("--precision", "bf16")}) == 3
 
 
-def test_the_report_has_a_line_for_each_class(answers):
-    lines = evaluate.format_report(evaluate.report(*answers, list("abcdefghij"))).splitlines()
-    assert [line.split()[0] for line in lines[1:11]] == list("abcdefghij")
-    assert lines[4].split()[1:4:2] == ["0", "-"] and lines[8].split()[2] == "-"
-    assert re.fullmatch(r"expected calibration error \d+\.\d\d %", lines[11]) and len(lines) == 12
+def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run_train, no_pictures, scores, tmp_path):
+    assert run_train("--epochs", "3", "--ema", "0.7", "--batch-size", "16", "--no-augment") == 0
+    rows = [(f"{float(row['test_accuracy']):.2f}", f"{float(row['test_loss']):.4f}")
+            for row in csv.DictReader((tmp_path / "run/metrics.csv").open())]
+    assert scores(checkpoint=tmp_path / "run/last.pt") == rows[-1]
+    assert scores(checkpoint=tmp_path / "run/best.pt") == max(rows, key=lambda row: float(row[0]))
+    weights = evaluate.load_checkpoint_model(tmp_path / "run/last.pt")[0].state_dict()
+    saved = load_checkpoint(tmp_path / "run/last.pt")
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in weights.items())  # the averaged ones
+    assert not torch.equal(weights["conv1.weight"], saved["model"]["conv1.weight"])
 
 
-# --- a checkpoint on the test set ------------------------------------------------------------------------------------
-
-
-def test_load_model_says_how_it_was_trained(trained, test_set):
-    model, info = evaluate.load_model(trained, CPU)
-    assert not model.training and info["normalize"] and info["classes"] == test_set.classes
-    assert info["args"]["channels"] == 16 and info["args"]["epochs"] == 8
-    weights = load_checkpoint(trained)["model"]
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-def test_evaluate_prints_what_a_loop_finds(run_mode, expected, test_set, capsys):
-    assert run_mode("--evaluate") == 0
-    printed = capsys.readouterr().out
-    assert accuracy_of(printed) == f"{100 * int((expected.argmax(1) == test_set.targets).sum()) / 50:.2f}"
-    loss = -expected[torch.arange(50), test_set.targets].log().mean()
-    assert f"loss {loss:.4f}" in printed and all(name in printed for name in test_set.classes)
-
-
-def test_deterministic_holds_for_evaluation_too(run_mode, monkeypatch):
-    asked = []
-    monkeypatch.setattr(evaluate.devices, "set_up_backend", lambda device, deterministic: asked.append(deterministic))
-    assert run_mode("--evaluate", "--deterministic") == 0 and run_mode("--evaluate") == 0
-    assert asked == [True, False]
-
-
-def test_evaluate_with_mirror_images_and_pictures(run_mode, trained, test_set, tmp_path, capsys):
-    assert run_mode("--evaluate", "--tta", "--output", tmp_path / "new" / "pictures") == 0
-    assert {path.name for path in (tmp_path / "new" / "pictures").iterdir()} == {"confusion.png", "mistakes.png"}
-    logits = evaluate.predict_logits(evaluate.load_model(trained, CPU)[0], test_set.images, CPU, tta=True)
-    printed = capsys.readouterr().out
-    assert accuracy_of(printed) == f"{evaluate.score(logits, test_set.targets)['accuracy']:.2f}"
-    assert "mirror" in printed
-
-
-def test_a_published_checkpoint_is_the_default_network(run_mode, tmp_path, monkeypatch, capsys):
+def test_a_published_checkpoint(scores, refused, test_set, tmp_path):
     torch.manual_seed(3)
-    network = models.build_model()
-    published = publish(tmp_path / "ckpt.pth", network)
-    loaded, info = evaluate.load_model(published, CPU)
-    assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert info["classes"] == list(evaluate.batches.CLASSES) and info["normalize"]
-    assert "knows the classes 'airplane'" in refused(run_mode, capsys, "--evaluate", checkpoint=published)
-    monkeypatch.setattr(evaluate.batches, "CLASSES", tuple(NAMES))
-    assert run_mode("--evaluate", "--limit-test", "10", checkpoint=published) == 0
-    assert "10 images" in capsys.readouterr().out
+    model = models.build_model().eval()
+    path = tmp_path / "ckpt.pth"
+    torch.save({"net": {f"module.{name}": value for name, value in model.state_dict().items()}, "acc": 93.21,
+                "epoch": 187, "config": {"num_blocks": [4, 4, 3], "lr": np.float64(0.1), "nothing": None}}, path)
+    cifar10.write_batch(tmp_path / "test_batch", test_set.images[:10].numpy(), test_set.targets[:10].numpy(), "test")
+    plain = plain_scores(one_by_one(model, test_set.images[:10]).softmax(1), test_set.targets[:10])
+    assert scores("--data-dir", tmp_path, "--limit-test", "10", checkpoint=path) == plain
+    line = refused("--synthetic", checkpoint=path)
+    assert "ckpt.pth was trained on airplane" in line and test_set.classes[0] in line and "--data-dir" in line
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags", [["--channels", "32"], ["--num-blocks", "1", "1"], ["--block", "preact"],
-                                   ["--se", "none"], ["--no-normalize"]])
-def test_flags_that_contradict_the_checkpoint_are_refused_by_name(run_mode, capsys, flags):
-    assert flags[0].replace("--no-", "--") in refused(run_mode, capsys, "--evaluate", *flags)
-    assert run_mode("--evaluate", *MODEL, "--normalize") == 0  # equal ones are fine
-
-
-def test_flags_that_do_not_fit_a_published_checkpoint_are_refused(run_mode, trained, tmp_path, capsys):
-    published = publish(tmp_path / "ckpt.pth", evaluate.load_model(trained, CPU)[0])
-    line = refused(run_mode, capsys, "--evaluate", checkpoint=published)
-    assert "another architecture" in line and "ckpt.pth" in line
-    with pytest.raises(UserError, match="another architecture"):
-        evaluate.load_model(published, CPU, {"num_blocks": [1, 1, 1], "channels": 32})
-
-
-def test_a_missing_checkpoint_is_refused(run_mode, tmp_path, capsys):
-    assert "nowhere.pt" in refused(run_mode, capsys, "--evaluate", checkpoint=tmp_path / "nowhere.pt")
-
-
-@pytest.mark.parametrize("args", [{"channels": 1_000_000}, {"num_blocks": [1, 1, 90]}, {"channels": "16"},
-                                  {"block": "none such"}, {"num_blocks": None}, {"se_reduction": 0}, []])
-def test_a_checkpoint_that_claims_another_network_than_it_holds(run_mode, trained, tmp_path, capsys, args):
+def test_the_checkpoint_names_the_images(trained, scores, tmp_path, capsys, monkeypatch, data_dir):
     checkpoint = torch.load(trained)
-    checkpoint["args"] = {**checkpoint["args"], **args} if args else args
-    torch.save(checkpoint, tmp_path / "liar.pt")
-    assert "liar.pt" in refused(run_mode, capsys, "--evaluate", checkpoint=tmp_path / "liar.pt")
+    for folder in (str(data_dir), "elsewhere"):  # relative: not there, so the default is used
+        checkpoint["args"]["data_dir"] = folder
+        torch.save(checkpoint, tmp_path / "moved.pt")
+        assert evaluate.main([str(tmp_path / "moved.pt"), *CPU_FLAGS]) == 0
+        assert accuracy_in(capsys.readouterr().out) == scores()[0]
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").symlink_to(data_dir) if folder != "elsewhere" else None
+    assert not (tmp_path / "elsewhere").exists()
+
+def test_pictures(scores, refused, tmp_path):
+    assert scores("--output-dir", tmp_path / "new/pictures")
+    first, second = sorted((tmp_path / "new/pictures").iterdir())
+    assert (first.name, second.name) == ("confusion.png", "mistakes.png")
+    assert str(first) in refused("--output-dir", first)  # before scores are printed
 
 
-def test_both_files_of_a_run_have_the_accuracy_of_its_metrics(run_mode, trained, capsys):
-    rows = [float(row["test_accuracy"]) for row in csv.DictReader((trained.parent / "metrics.csv").open())]
-    for name, accuracy in (("last.pt", rows[-1]), ("best.pt", max(rows))):
-        assert run_mode("--evaluate", checkpoint=trained.parent / name) == 0
-        assert float(accuracy_of(capsys.readouterr().out)) == accuracy
+def test_pictures_that_cannot_be_written_are_an_error(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "draw_mistakes", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    printed = refused("--output-dir", tmp_path, status=1)
+    assert "No space left on device" in printed and "pictures are in" not in printed and "test accuracy" in printed
+
+@pytest.mark.parametrize("args, reason", [({"channels": 32}, "another architecture"), ({"block": "other"}, "block"),
+                                          ({"num_blocks": None}, "does not describe a network")])
+def test_a_checkpoint_that_claims_another_network_than_it_holds(refused, trained, tmp_path, args, reason):
+    assert "other.pt not found; expected" in refused(checkpoint=tmp_path / "other.pt")
+    checkpoint = torch.load(trained)
+    checkpoint["args"].update(args)
+    torch.save(checkpoint, tmp_path / "other.pt")
+    line = refused(checkpoint=tmp_path / "other.pt")
+    assert "other.pt" in line and reason in line

@@ -1,4 +1,4 @@
-"""The exported network says what the trained one says."""
+"""tools/export.py: the ONNX file gives the logits of the trained network."""
 
 import json
 from pathlib import Path
@@ -7,72 +7,49 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-import models
-from synthetic import NAMES
+from evaluate import load_checkpoint_model, predict_logits
 from tools import export
-from utils import save_checkpoint
 
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 DEVICE = torch.device("cpu")
 
 
-def make_checkpoint(path, normalize=True):
-    torch.manual_seed(0)
-    args = {"num_blocks": [1, 1, 1], "channels": 16, "se_reduction": 4, "block": "preact", "dropout": 0.5}
-    model = models.build_model(**args).train()
-    model(torch.randn(8, 3, 32, 32))  # batch norm gets statistics other than 0 and 1
-    save_checkpoint({"model": model.state_dict(), "args": {**args, "normalize": normalize}, "classes": list(NAMES)},
-                    path)
-    return path
-
-
-def test_onnx_gives_the_models_own_logits(tmp_path, recwarn):
-    checkpoint, output = make_checkpoint(tmp_path / "best.pt"), tmp_path / "net.onnx"
-    output.write_bytes(b"an older file")
-    export.main(["--checkpoint", str(checkpoint), "--output", str(output)])
+@pytest.mark.slow
+def test_onnx_gives_the_logits_of_the_network(trained, test_set, tmp_path, recwarn):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    output = tmp_path / "new" / "net.onnx"
+    export.main([str(trained), "--output", str(output)])
     assert not [w for w in recwarn if issubclass(w.category, (DeprecationWarning, FutureWarning, UserWarning))]
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
-    model, _ = evaluate.load_model(checkpoint, DEVICE)
+    model, info = load_checkpoint_model(trained, DEVICE)
     for count in (1, 5):
-        images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8)
-        expected = evaluate.predict_logits(model, images, DEVICE).numpy()
-        found, = session.run(["logits"], {"images": (images.permute(0, 3, 1, 2).float() / 255).numpy()})
-        assert found.shape == (count, 10)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
-        assert np.ptp(expected) > 0.1  # so that the tolerance means something
+        images = test_set.images[:count]
+        expected = predict_logits(model, images, DEVICE).numpy()
+        logits, = session.run(["logits"], {"images": (images.permute(0, 3, 1, 2).float() / 255).numpy()})
+        assert logits.shape == (count, 10) and np.ptp(expected) > 0.1  # so that the tolerance means something
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
     assert session.get_inputs()[0].shape == ["N", 3, 32, 32]
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(NAMES)
-    assert str(Path(__file__).parent.parent).encode() not in output.read_bytes()  # nor any other path of this machine
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "net.onnx"]
-
-
-def test_network_trained_without_normalisation_is_exported_without(tmp_path):
-    model, info = evaluate.load_model(make_checkpoint(tmp_path / "best.pt", normalize=False), DEVICE)
-    images = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        found = export.FromUnitRange(model, info["normalize"])(images.permute(0, 3, 1, 2) / 255)
-    torch.testing.assert_close(found, evaluate.predict_logits(model, images, DEVICE, normalize=False))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(info.classes)
+    assert str(Path(__file__).parent.parent).encode() not in output.read_bytes()  # no local paths
+    assert [path.name for path in output.parent.iterdir()] == ["net.onnx"]
 
 
 @pytest.mark.parametrize("checkpoint, output, message", [
-    ("missing.pt", "net.onnx", "missing.pt is not there"),
-    ("best.pt", "nowhere/net.onnx", "nowhere"),
-    ("broken.pt", "net.onnx", "broken.pt is damaged"),
+    ("missing.pt", "new/net.onnx", "missing.pt"),
+    ("last.pt", ".", "cannot write"),
+    ("last.pt", "file/net.onnx", "file"),
 ])
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, capsys, checkpoint, output, message):
-    make_checkpoint(tmp_path / "best.pt")
-    (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(SystemExit) as stop:
-        export.main(["--checkpoint", str(tmp_path / checkpoint), "--output", str(tmp_path / output)])
+def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch, capsys, checkpoint, output, message):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(export, "to_onnx", None)  # found before anything is computed
+    (tmp_path / "file").touch()
+    assert export.main([str(trained.with_name(checkpoint)), "--output", str(tmp_path / output)]) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "broken.pt"]
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_missing_package_is_named(tmp_path, capsys, monkeypatch):
+def test_missing_package_is_named(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(SystemExit):
-        export.main(["--checkpoint", str(make_checkpoint(tmp_path / "best.pt")), "--output", str(tmp_path / "a.onnx")])
+    assert export.main([str(trained), "--output", str(tmp_path / "net.onnx")]) == 2
     assert "pip install onnxscript" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The network: counts, the published table, names, shapes, gradients, and what is refused."""
+"""The network: parameter counts, the published table and names, the blocks by hand, and what is refused."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import train
 from models import build_model, count_parameters
@@ -13,26 +14,11 @@ from models import build_model, count_parameters
 TABLE = Path(__file__).parent / "figure2.tsv"
 
 
-@pytest.mark.parametrize(("choices", "count"), [
-    ({}, 4_697_742),
-    ({"se": "none"}, 4_697_162),
-    ({"se": "block"}, 4_733_610),
-    ({"block": "preact"}, 4_696_974),
-    ({"num_blocks": (2, 2, 2, 2), "channels": 32}, 2_797_772),
-    ({"dropout": 0.1}, 4_697_742),
-])
-def test_parameter_counts(choices, count):
-    assert count_parameters(build_model(**choices)) == count
-
-
-def test_count_of_four_layers_by_hand():
-    def block(c_in, c_out):
-        shortcut = c_in * c_out + 2 * c_out if c_in != c_out else 0
-        return 9 * c_in * c_out + 2 * c_out + 9 * c_out * c_out + 2 * c_out + shortcut
-    stem = 3 * 32 * 9 + 2 * 32 + (32 * 2 + 2) + (2 * 32 + 32)
-    layers = block(32, 32) + block(32, 64) + block(64, 128) + block(128, 256)
-    layers += sum(block(c, c) for c in (32, 64, 128, 256))
-    assert stem + layers + 256 * 10 + 10 == 2_797_772 == count_parameters(build_model((2, 2, 2, 2), 32))
+@pytest.mark.parametrize(("arguments", "count"), [
+    ({}, 4_697_742), ({"se": "none"}, 4_697_162), ({"se": "block"}, 4_733_610), ({"block": "preact"}, 4_696_974),
+    ({"num_blocks": (2, 2, 2, 2), "channels": 32}, 2_797_772)])
+def test_parameter_counts(arguments, count):
+    assert count_parameters(build_model(**arguments)) == count
 
 
 def test_summary_equals_the_published_table(capsys):
@@ -47,9 +33,9 @@ def test_summary_equals_the_published_table(capsys):
         assert line in printed.splitlines()
 
 
-def test_dropout_is_in_the_table_only_where_used(capsys):
-    train.main(["--summary", "--dropout", "0.2"])
-    assert len(re.findall(r"^ +Dropout-\d+", capsys.readouterr().out, re.M)) == 11 + 1
+def test_dropout_after_each_block_and_before_the_linear_layer():
+    rates = [module.p for module in build_model(dropout=0.2).modules() if isinstance(module, nn.Dropout)]
+    assert rates == [0.2] * (4 + 4 + 3 + 1)
 
 
 def test_published_names():
@@ -62,74 +48,75 @@ def test_published_names():
     assert names == expected
 
 
-@pytest.mark.parametrize("choices", [
+@pytest.mark.parametrize("arguments", [
     {}, {"se": "block"}, {"se": "none"}, {"block": "preact"}, {"block": "preact", "se": "block", "dropout": 0.3},
-    {"kernel_sizes": (5, 3, 1), "shortcut_kernel_sizes": (1, 3, 5)}, {"pool_size": 4}, {"dropout": 0.5},
-    {"num_blocks": (1, 1, 1, 1, 1, 1), "channels": 8, "se": "none"},
-])
-def test_every_parameter_gets_a_gradient(choices):
+    {"kernel_sizes": (5, 3, 1), "shortcut_kernel_sizes": (1, 3, 5)}, {"num_blocks": (1,) * 5, "channels": 8}])
+def test_every_parameter_gets_a_gradient(arguments):
     torch.manual_seed(0)
-    model = build_model(**{"num_blocks": (1, 2, 1), "channels": 16, "se_reduction": 4, **choices})
+    model = build_model(**{"num_blocks": (1, 2, 1), "channels": 16, "se_reduction": 4, **arguments})
     logits = model(torch.randn(4, 3, 32, 32))
     assert logits.shape == (4, 10)
     logits.logsumexp(1).sum().backward()
-    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert missing == []
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_basic_block_computes_what_the_paper_says():
-    torch.manual_seed(0)
-    block = build_model((1, 1), 8, se="none").residual_layers[1][0].eval()
-    x = torch.randn(2, 8, 32, 32)
+def squeeze_and_excite(se: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    if se is None:
+        return x
+    (w1, b1), (w2, b2) = ((conv.weight[:, :, 0, 0], conv.bias) for conv in (se.conv1, se.conv2))
+    gate = torch.sigmoid(torch.relu(x.mean((2, 3)) @ w1.T + b1) @ w2.T + b2)
+    return x * gate[:, :, None, None]
+
+
+def basic_by_hand(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     out = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
-    expected = torch.relu(out + block.shortcut[1](block.shortcut[0](x)))
-    torch.testing.assert_close(block(x), expected)
+    shortcut = block.shortcut[1](block.shortcut[0](x)) if len(block.shortcut) else x
+    return torch.relu(squeeze_and_excite(block.seblock, out) + shortcut)
 
 
-def test_preact_block_computes_what_the_paper_says():
-    torch.manual_seed(0)
-    block = build_model((1, 1), 8, block="preact", se="none").residual_layers[1][0].eval()
-    x = torch.randn(2, 8, 32, 32)
+def preact_by_hand(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     activated = torch.relu(block.bn1(x))
-    expected = block.conv2(torch.relu(block.bn2(block.conv1(activated)))) + block.shortcut(activated)
-    torch.testing.assert_close(block(x), expected)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in block.shortcut.modules())
+    out = block.conv2(torch.relu(block.bn2(block.conv1(activated))))
+    shortcut = x if block.shortcut is None else F.conv2d(activated, block.shortcut.weight, stride=2)
+    return squeeze_and_excite(block.seblock, out) + shortcut
 
 
-def test_se_in_blocks_acts_before_the_addition():
+@pytest.mark.parametrize("se", ["stem", "block", "none"])
+@pytest.mark.parametrize(("block", "by_hand"), [("basic", basic_by_hand), ("preact", preact_by_hand)])
+def test_forward_by_hand(block, by_hand, se):
     torch.manual_seed(0)
-    model = build_model((1,), 16, se="block").eval()
-    assert model.seblock is None
-    block, x = model.residual_layers[0][0], torch.randn(2, 16, 32, 32)
-    out = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
-    gate = block.seblock.conv2(torch.relu(block.seblock.conv1(out.mean((2, 3), keepdim=True)))).sigmoid()
-    torch.testing.assert_close(block(x), torch.relu(out * gate + x))
+    model, x = build_model((1, 2), 8, block=block, se=se, se_reduction=2), torch.randn(3, 3, 32, 32)
+    model(x)  # moves the statistics of batch norm away from 0 and 1
+    model.eval()
+    assert (model.seblock is None) == (se != "stem")
+    out = F.conv2d(x, model.conv1.weight, padding=1)
+    out = squeeze_and_excite(model.seblock, torch.relu(model.bn1(out)) if block == "basic" else out)
+    for residual_block in (*model.residual_layers[0], *model.residual_layers[1]):
+        assert (residual_block.seblock is None) == (se != "block")
+        out = by_hand(residual_block, out)
+    out = out if block == "basic" else torch.relu(model.bn_last(out))
+    torch.testing.assert_close(model(x), model.linear(out.mean((2, 3))))
 
 
-def test_pool_size_widens_the_linear_layer():
-    assert build_model(pool_size=4).linear.in_features == 256 * 4
-    assert build_model(pool_size=3).linear.in_features == 256 * 4  # 8 // 3 windows a side
-
-
-@pytest.mark.parametrize(("choices", "message"), [
-    ({"kernel_sizes": 4}, "--kernel-sizes 4"),
-    ({"kernel_sizes": (3, 3)}, "--kernel-sizes has 2 values"),
-    ({"shortcut_kernel_sizes": 2}, "--shortcut-kernel-sizes 2"),
-    ({"se_reduction": 65}, "--se-reduction 65"),
-    ({"se_reduction": 0}, "--se-reduction 0"),
-    ({"pool_size": 9}, "--pool-size 9"),
-    ({"num_blocks": (4, 0)}, "--num-blocks 4 0"),
-    ({"num_blocks": ()}, "--num-blocks"),
-    ({"channels": 7}, "--channels 7"),
-    ({"dropout": 1.0}, "--dropout 1.0"),
-    ({"block": "bottleneck"}, "--block bottleneck"),
-    ({"se": "everywhere"}, "--se everywhere"),
-    ({"num_blocks": (5, 5, 5)}, "--max-params 5,000,000"),
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"kernel_sizes": 4}, "kernel_sizes (4) must be odd"),
+    ({"kernel_sizes": (3, 3)}, "kernel_sizes has 2 values"),
+    ({"shortcut_kernel_sizes": 2}, "shortcut_kernel_sizes (2) must be odd"),
+    ({"se_reduction": 65}, "se_reduction (65) must be from 1 to 64"),
+    ({"se_reduction": 0}, "se_reduction (0)"),
+    ({"num_blocks": (4, 0)}, "num_blocks (4 0)"),
+    ({"num_blocks": ()}, "num_blocks ()"),
+    ({"num_blocks": (1,) * 6}, "num_blocks (1 1 1 1 1 1)"),
+    ({"channels": 7}, "channels (7) must be at least 8"),
+    ({"dropout": 1.0}, "dropout (1)"),
+    ({"block": "bottleneck"}, "block (bottleneck) must be one of basic, preact"),
+    ({"se": "everywhere"}, "se (everywhere) must be one of stem, block, none"),
+    ({"num_blocks": (5, 5, 5)}, "max_params (5,000,000)"),
 ])
-def test_impossible_choices_are_refused_by_name(choices, message):
+def test_impossible_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        build_model(**choices)
+        build_model(**arguments)
 
 
-def test_no_limit_on_parameters():
+def test_max_params_of_0_is_no_limit():
     assert count_parameters(build_model((1, 1, 1), 160, max_params=0)) > 5_000_000

@@ -1,185 +1,170 @@
-"""Schedules against torch's own, and every optimiser at its default lr."""
+"""Optimizers, schedules against torch's own, and the moving average of the weights."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
+import runs
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-import options
-from optim import OPTIMIZERS, USES_MOMENTUM, build_optimizer, build_scheduler, lr_factor
+import train
+from evaluate import load_checkpoint_model
+from optim import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM, build_optimizer, build_scheduler, schedule_lrs, update_ema
+
+small_data, run = runs.small_data, runs.run
 
 
-def sgd(lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
+def build(name: str, parameters=None, lr: float = 0.1, device: str = "cpu") -> torch.optim.Optimizer:
+    return build_optimizer(name, parameters or [nn.Parameter(torch.zeros(1, device=device))], lr, 0.9, False, 5e-4)
 
 
-def rates(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler, steps: int) -> list[float]:
-    """Give the lr that each step uses, and the one after the last of them."""
-    found = [optimizer.param_groups[0]["lr"]]
+def lrs_of(optimizer: torch.optim.Optimizer, scheduler: lr_scheduler.LRScheduler, steps: int) -> list[float]:
+    """Return the learning rate of each step, and the one after the last."""
+    lrs = [optimizer.param_groups[0]["lr"]]
     for _ in range(steps):
         optimizer.step()
         scheduler.step()
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+        lrs.append(optimizer.param_groups[0]["lr"])
+    return lrs
 
 
-def built(name: str, steps_per_epoch: int, epochs: int, warmup_epochs: float = 0.0, lr: float = 0.1) -> list[float]:
-    optimizer = sgd(lr)
-    return rates(optimizer, build_scheduler(optimizer, name, steps_per_epoch, epochs, warmup_epochs),
-                 steps_per_epoch * epochs)
-
-
-@pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(98, 40), (7, 5), (1, 3), (5, 1), (1, 1)])
-def test_cosine_passes_through_the_paper_s_values_and_ends_at_0(steps_per_epoch, epochs):
-    optimizer = sgd(0.1)
-    paper = rates(optimizer, lr_scheduler.CosineAnnealingLR(optimizer, epochs), epochs)
-    found = built("cosine", steps_per_epoch, epochs)
-    assert found[::steps_per_epoch] == pytest.approx(paper, rel=0, abs=1e-12)
-    assert found[-1] == 0
-    assert all(a > b for a, b in zip(found, found[1:], strict=False))
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 4, 10, 100, 1955])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_onecycle_moves_lr_up_and_down_and_momentum_down_and_up(name, total):
-    optimizer = build_optimizer(name, [nn.Parameter(torch.zeros(1))], 0.1, 0.9, False, 0)
-    scheduler, lrs, momenta = build_scheduler(optimizer, "onecycle", 1, total, 0), [], []
-    for _ in range(total):
-        group = optimizer.param_groups[0]
-        lrs.append(group["lr"])
-        momenta.append(group["betas"][0] if "betas" in group else group.get("momentum"))
-        optimizer.step()
-        scheduler.step()
-    def course(start: float, top: float, end: float) -> list[float]:
-        """Write out the two half cosines; the top lies at 30 % of the steps, less one."""
-        top_step = 0.3 * total - 1
-        def value(step: int) -> float:
-            if step <= top_step:
-                return top + (start - top) * (1 + math.cos(math.pi * step / top_step)) / 2
-            return end + (top - end) * (1 + math.cos(math.pi * (step - top_step) / (total - 1 - top_step))) / 2
-        return [value(step) for step in range(total)]
-    assert lrs == pytest.approx(course(0.1 / 25, 0.1, 0.1 / 250_000), rel=1e-9)
-    if name in ("adagrad", "adadelta"):
-        assert momenta == [None] * total
-    else:
-        assert momenta == pytest.approx(course(0.95, 0.85, 0.95), rel=1e-9)
-
-
-def test_constant():
-    assert built("constant", 3, 4) == [0.1] * 13
-
-
-@pytest.mark.parametrize("name", ["cosine", "constant"])
-@pytest.mark.parametrize("warmup_epochs", [2, 2.5])
-def test_warmup_rises_linearly_and_joins_the_schedule(name, warmup_epochs):
-    warmup, found = int(warmup_epochs * 4), built(name, 4, 10, warmup_epochs)
-    assert found[:warmup + 1] == pytest.approx([0.1 * (i + 1) / (warmup + 1) for i in range(warmup + 1)])
-    rest = [0.05 * (1 + math.cos(math.pi * i / (40 - warmup))) if name == "cosine" else 0.1
-            for i in range(41 - warmup)]
-    assert found[warmup:] == pytest.approx(rest, abs=1e-12)
-
-
-@pytest.mark.parametrize("name", ["cosine", "constant"])
-@pytest.mark.parametrize(("steps_per_epoch", "epochs", "warmup_epochs"), [(3, 1, 0.9), (1, 1, 0.6), (1, 2, 1.9)])
-def test_warmup_that_rounds_up_to_the_whole_run(name, steps_per_epoch, epochs, warmup_epochs):
-    found = built(name, steps_per_epoch, epochs, warmup_epochs)
-    assert all(0 < lr <= 0.1 for lr in found[:-1])
-
-
-def test_a_schedule_has_no_memory_but_its_step():
-    """A resumed run must go on with the very same rates."""
-    optimizer = sgd(0.1)
-    scheduler = build_scheduler(optimizer, "cosine", 4, 5, 1)
-    expected = rates(optimizer, scheduler, 7)
-    saved = scheduler.state_dict()
-    again = sgd(0.1)
-    resumed = build_scheduler(again, "cosine", 4, 5, 1)
-    resumed.load_state_dict(saved)
-    resumed.step()
-    assert again.param_groups[0]["lr"] == 0.1 * lr_factor(8, 20, 4, "cosine") < expected[-1]
-
-
-def problem() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Make a small network and 64 points of three classes, which it can learn."""
+def test_every_optimizer_learns_at_its_default_lr(name):
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(64) % 3
     inputs = 2 * nn.functional.one_hot(targets, 8) + torch.randn(64, 8, generator=generator)
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)), inputs, targets
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimiser_learns_at_the_lr_that_the_flags_give_it(name):
-    args, _ = options.parse_args(["--optimizer", name])
-    assert args.lr == OPTIMIZERS[name][1]
-    model, inputs, targets = problem()
-    optimizer = build_optimizer(name, model.parameters(), args.lr, args.momentum, args.nesterov, args.weight_decay)
-    losses = []
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimizer, losses = build(name, model.parameters(), OPTIMIZERS[name][1]), []
     for _ in range(200):
         optimizer.zero_grad()
         losses.append(nn.functional.cross_entropy(model(inputs), targets))
         losses[-1].backward()
-        nn.utils.clip_grad_value_(model.parameters(), args.grad_clip)
+        nn.utils.clip_grad_value_(model.parameters(), 0.1)
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_setting_reaches_its_optimiser(name):
-    optimizer = build_optimizer(name, [nn.Parameter(torch.zeros(1))], 0.3, 0.7, name == "sgd", 0.2)
-    assert type(optimizer) is OPTIMIZERS[name][0]
-    group = optimizer.param_groups[0]
+def test_every_setting_reaches_its_optimizer(name):
+    group = build_optimizer(name, [nn.Parameter(torch.zeros(1))], 0.3, 0.7, name == "sgd", 0.2).param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
-    assert group.get("momentum", "none") == (0.7 if name in USES_MOMENTUM else "none")
+    assert group.get("momentum") == (0.7 if name in USES_MOMENTUM else None)
     assert group.get("nesterov", False) == (name == "sgd")
 
 
-def test_fused_where_torch_has_it_for_the_device():
-    for name in ("sgd", "adam", "adamw"):
-        assert build_optimizer(name, [nn.Parameter(torch.zeros(1))], 0.1, 0.9, False, 0).param_groups[0]["fused"]
-    elsewhere = [nn.Parameter(torch.zeros(1, device="meta"))]
-    for name in OPTIMIZERS:
-        assert not build_optimizer(name, elsewhere, 0.1, 0.9, False, 0).param_groups[0].get("fused")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_where_torch_has_it_for_the_device(name):
+    assert bool(build(name).param_groups[0].get("fused")) == (name in ("sgd", "adam", "adamw"))
+    assert not build(name, device="meta").param_groups[0].get("fused")
 
 
-def test_the_fused_step_is_the_plain_one():
-    """The published SGD, written out: decay, momentum, step."""
-    model, inputs, targets = problem()
-    optimizer = build_optimizer("sgd", model.parameters(), 0.1, 0.9, False, 5e-4)
-    plain = [parameter.detach().clone() for parameter in model.parameters()]
-    velocities = [torch.zeros_like(parameter) for parameter in plain]
-    for _ in range(5):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        for value, velocity, parameter in zip(plain, velocities, model.parameters(), strict=True):
-            velocity.mul_(0.9).add_(parameter.grad + 5e-4 * value)
-            value.sub_(0.1 * velocity)
+@pytest.mark.parametrize("total", [1, 2, 3, 10])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_steps_with_every_schedule(name, scheduler, total):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = build(name)
+        schedule = build_scheduler(optimizer, scheduler, 1, total, 0)
+        parameter = optimizer.param_groups[0]["params"][0]
+        for _ in range(total):
+            before, parameter.grad = parameter.item(), torch.ones(1)
+            assert 0 < optimizer.param_groups[0]["lr"] <= 0.1 + 1e-12
+            optimizer.step()
+            schedule.step()
+            assert math.isfinite(parameter.item()) and parameter.item() < before
+
+
+@pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(98, 40), (7, 5), (1, 3), (5, 1), (1, 1)])
+def test_cosine_equals_torch_s_at_the_epoch_boundaries_and_ends_at_0(steps_per_epoch, epochs):
+    optimizer, by_epoch = build("sgd"), build("sgd")
+    expected = lrs_of(by_epoch, lr_scheduler.CosineAnnealingLR(by_epoch, epochs), epochs)
+    scheduler = build_scheduler(optimizer, "cosine", steps_per_epoch, epochs, 0)
+    lrs = lrs_of(optimizer, scheduler, steps_per_epoch * epochs)
+    assert lrs[::steps_per_epoch] == pytest.approx(expected, rel=0, abs=1e-12)
+    assert lrs[-1] == 0 and all(a > b for a, b in zip(lrs, lrs[1:], strict=False))
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("sgd", "momentum"), ("rmsprop", "momentum"), ("adam", "betas"),
+                                                ("adamw", "betas"), ("adagrad", None), ("adadelta", None)])
+def test_onecycle_is_torch_s_with_its_defaults(name, momentum):
+    optimizer, lrs, momenta = build(name), [], []
+    scheduler = build_scheduler(optimizer, "onecycle", 10, 10, 0)
+    for _ in range(100):
+        group = optimizer.param_groups[0]
+        lrs.append(group["lr"])
+        momenta.append(group["betas"][0] if momentum == "betas" else group.get("momentum"))
         optimizer.step()
-        for value, parameter in zip(plain, model.parameters(), strict=True):
-            torch.testing.assert_close(parameter.detach(), value, rtol=1e-5, atol=1e-6)
+        scheduler.step()
+    assert [lrs[0], lrs[29], lrs[99]] == pytest.approx([0.1 / 25, 0.1, 0.1 / 250_000]) and max(lrs) == lrs[29]
+    if momentum:
+        assert [momenta[0], momenta[29], momenta[99]] == pytest.approx([0.95, 0.85, 0.95])
+        assert min(momenta) == momenta[29]
 
 
-def test_lr_given_is_kept_and_resolved_only_when_not_given():
-    assert options.parse_args(["--optimizer", "adam", "--lr", "0.02"])[0].lr == 0.02
-    assert options.parse_args([])[0].lr == 0.1
-    assert "lr" not in options.parse_args(["--optimizer", "adam"])[1]
-    assert set(OPTIMIZERS) == {"sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"}
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+@pytest.mark.parametrize(("steps_per_epoch", "epochs", "warmup_epochs", "warmup"), [
+    (4, 10, 2, 8), (4, 10, 2.5, 10), (3, 1, 0.9, 2), (1, 2, 1.9, 1), (1, 1, 0.6, 0)])  # it never takes all steps
+def test_warmup_rises_linearly_and_joins_the_schedule(name, steps_per_epoch, epochs, warmup_epochs, warmup):
+    lrs, total = schedule_lrs(name, 0.1, steps_per_epoch, epochs, warmup_epochs), steps_per_epoch * epochs
+    assert lrs[:warmup] == pytest.approx([0.1 * (i + 1) / (warmup + 1) for i in range(warmup)])
+    rest = 0.05 * (1 + np.cos(np.pi * np.arange(total - warmup) / (total - warmup)))
+    assert lrs[warmup:] == pytest.approx(rest if name == "cosine" else 0.1)
 
 
-@pytest.mark.parametrize(("flags", "names"), [
-    (["--optimizer", "adam", "--momentum", "0.8"], ("--momentum", "adam")),
-    (["--optimizer", "adam", "--nesterov"], ("--nesterov", "sgd")),
-    (["--nesterov", "--momentum", "0"], ("--nesterov", "--momentum")),
-    (["--scheduler", "onecycle", "--warmup-epochs", "1"], ("--warmup-epochs", "onecycle")),
-    (["--scheduler", "onecycle", "--momentum", "0.8"], ("--momentum", "onecycle")),
-    (["--warmup-epochs", "5", "--epochs", "5"], ("--warmup-epochs", "--epochs")),
-    (["--optimizer", "sdg"], ("--optimizer", "sdg")),
-])
-def test_settings_that_contradict_each_other_are_refused_by_name(flags, names, capsys):
-    with pytest.raises(SystemExit) as caught:
-        options.parse_args(flags)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.count("\n") == 1
-    assert all(name in message for name in names)
+@pytest.mark.parametrize("flags", [["cosine", "--warmup-epochs", "0.7"], ["onecycle"], ["constant"]])
+def test_schedule_lrs_are_those_of_a_run(run, monkeypatch, tmp_path, flags):
+    used, train_step = [], train.train_step
+
+    def note_lr(run, state, *batch):
+        used.append(state.optimizer.param_groups[0]["lr"])
+        train_step(run, state, *batch)
+    monkeypatch.setattr(train, "train_step", note_lr)
+    assert run("--scheduler", *flags) == 0
+    assert used == schedule_lrs(flags[0], 0.01, 4, 2, float(flags[2]) if len(flags) > 1 else 0).tolist()
+    assert [row["lr"] for row in runs.read(tmp_path / "run")["history"]] == [used[3], used[7]]
+
+
+# --- moving average --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.999, 237), (0.99, 237), (0.9, 237), (0.5, 20)])
+def test_the_average_forgets_the_initial_weights(decay, steps):
+    ema_model, model = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.ones_(ema_model.weight)
+    nn.init.zeros_(model.weight)
+    for step in range(steps):
+        update_ema(ema_model, model, decay, step)
+    assert 0 <= ema_model.weight.item() < 1e-5  # what is left of the 1; 0.999 alone would leave 79 %
+
+
+def test_averaged_weights_are_evaluated_and_saved(run, monkeypatch, tmp_path):
+    states, train_step = [], train.train_step
+
+    def note_weights(run, state, *batch):
+        if not states:
+            states.append({name: value.clone() for name, value in state.model.state_dict().items()})
+        train_step(run, state, *batch)
+        states.append({name: value.clone() for name, value in state.model.state_dict().items()})
+    monkeypatch.setattr(train, "train_step", note_weights)
+    assert run("--epochs", "3", "--ema", "0.3", "--cutmix", "1", "--trivial-augment") == 0
+    average = states[0]
+    for step, current in enumerate(states[1:]):
+        decay = min(0.3, (1 + step) / (10 + step))  # 0.3 from the fourth step on
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in current.items()}
+    saved, best = runs.read(tmp_path / "run"), runs.read(tmp_path / "run", "best.pt")
+    for name, value in saved["model"].items():
+        assert torch.equal(value, states[-1][name])
+        if value.is_floating_point():  # batch norm statistics, too
+            torch.testing.assert_close(saved["ema"][name], average[name])
+        else:
+            assert value == 12 and saved["ema"][name] == 0  # num_batches_tracked is left alone
+    model, _ = load_checkpoint_model(tmp_path / "run" / "last.pt")
+    assert all(torch.equal(value, saved["ema"][name]) for name, value in model.state_dict().items())
+    assert not torch.equal(best["model"]["conv1.weight"], states[4 * best["epoch"]]["conv1.weight"])
+    if best["epoch"] == 3:
+        assert all(torch.equal(best["model"][name], saved["ema"][name]) for name in best["model"])

@@ -1,15 +1,16 @@
-"""Pictures: what is drawn, in figures rather than pixels, and that no drawing can end a run."""
+"""Pictures: what the returned figures show."""
 
-import struct
+import itertools
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 import plots
 
@@ -17,204 +18,192 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 @pytest.fixture(autouse=True)
-def no_warnings():
-    """Turn warnings, such as a layout that matplotlib gives up on, into failures."""
+def fail_on_warnings():
+    """Turn warnings, such as a layout that leaves the axes no room, into failures."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of files that other tests left to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)  # from the garbage of other tests
         yield
 
 
-def make_history(epochs, held_out="test"):
+def make_history(epochs, eval_split="test", **last_row):
+    """Make rows of metrics.csv with 10 steps per epoch."""
     rows = []
     for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "step": 10 * epoch, "lr": 0.1 * (1 - epoch / (epochs + 1)),
-               "train_loss": 2 / epoch**2, "train_accuracy": 100 - 60 / epoch, "val_loss": None, "val_accuracy": None,
-               "test_loss": None, "test_accuracy": None, "seconds": 1.5, "images_per_second": 80.0}
-        rows.append(row | {f"{held_out}_loss": 2.2 / epoch, f"{held_out}_accuracy": 95 - 65 / epoch})
+        row = {"epoch": epoch, "step": 10 * epoch, "lr": 0.1, "train_loss": 2 / epoch**0.5,
+               "train_accuracy": 100 - 60 / epoch, "val_loss": None, "val_accuracy": None, "test_loss": None,
+               "test_accuracy": None, "seconds": 1.5, "images_per_second": 80.0}
+        rows.append(row | {f"{eval_split}_loss": 2.2 / epoch**0.5, f"{eval_split}_accuracy": 95 - 65 / epoch})
+    rows[-1] |= last_row
     return rows
 
 
-def read_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
-    return struct.unpack(">II", data[16:24])
-
-
-def lines_by_label(axes):
-    return {line.get_label().split(",")[0]: line for line in axes.lines}
+def draw_curves(tmp_path, history):
+    steps = int(history[-1]["step"])
+    figure = plots.draw_curves(history, np.linspace(0.1, 0, steps), tmp_path / "curves.png")
+    axes = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    return axes["Accuracy (%)"], axes["Cross-entropy loss"], axes["Learning rate"]
 
 
 def make_mistakes(count):
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     targets = np.arange(count) % 10
     return images, targets, (targets + 3) % 10, np.linspace(0.999, 0.4, count)
 
 
-def test_curves_show_each_column_with_its_unit(tmp_path):
+def test_curves_show_the_columns_of_the_history(tmp_path):
     history = make_history(5)
-    figure = plots.draw_curves(history, tmp_path / "curves.png")
-    accuracy, loss, lr = figure.axes
-    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy (%)", "cross-entropy loss (nats)", "learning rate"]
-    assert lr.get_xlabel() == "epoch" and loss.get_yscale() == "log"
-    assert not len(loss.yaxis.get_minorticklocs())  # their labels would run into those of 1, 2, 5
+    accuracy, loss, _ = draw_curves(tmp_path, history)
     for axes, name in ((accuracy, "accuracy"), (loss, "loss")):
-        lines = lines_by_label(axes)
+        lines = {line.get_label(): line for line in axes.lines}
         assert set(lines) == {"training", "test"}
         for label, split in (("training", "train"), ("test", "test")):
             assert lines[label].get_xdata().tolist() == [1, 2, 3, 4, 5]
             assert lines[label].get_ydata().tolist() == [row[f"{split}_{name}"] for row in history]
-    assert lr.lines[0].get_ydata().tolist() == [row["lr"] for row in history]
-    texts = [text.get_text() for text in accuracy.get_legend().get_texts()]
-    assert texts == ["training, last 88.00 %", "test, last 82.00 %"]
-    assert read_size(tmp_path / "curves.png") == (1200, 1200)
+    assert imread(tmp_path / "curves.png").shape[:2] == (720, 1500)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_curves_of_a_validation_run_mark_the_single_test_value(tmp_path):
-    history = make_history(4, "val")
-    history[-1] |= {"test_loss": 0.5, "test_accuracy": 77.0}
-    accuracy, loss, _ = plots.draw_curves(history, tmp_path / "curves.png").axes
+def test_learning_rate_is_drawn_per_step(tmp_path):
+    lrs = np.array([0.1, 0.4, 0.3, 0.2, 0.1, 0.0])
+    history = [{"epoch": epoch, "step": 2 * epoch, "train_accuracy": 50.0} for epoch in (1, 2, 3)]
+    line = plots.draw_curves(history, lrs, tmp_path / "curves.png").axes[2].lines[0]
+    assert line.get_xdata().tolist() == [0.5, 1, 1.5, 2, 2.5, 3] and line.get_ydata().tolist() == lrs.tolist()
+
+
+def test_lines_are_labeled_at_their_ends_with_the_last_value(tmp_path):
+    accuracy, loss, lr = draw_curves(tmp_path, make_history(4))
+    assert {text.get_text(): text.xy[1] for text in accuracy.texts} == {"training 85.00%": 85, "test 78.75%": 78.75}
+    assert {text.get_text() for text in loss.texts} == {"training 1.000", "test 1.100"}
     for axes in (accuracy, loss):
-        lines = lines_by_label(axes)
+        colors = {line.get_label(): line.get_color() for line in axes.lines}
+        assert all(colors[text.get_text().split()[0]] == text.get_color() for text in axes.texts)
+    assert not lr.texts
+
+
+def test_end_labels_do_not_overlap_and_keep_the_order_of_the_lines(tmp_path):
+    figure = plots.new_figure(5, 3)
+    axes = figure.subplots()
+    lasts = [50, 50.1, 50.2, 90, 90.1, 90, 10, 10.1]
+    for index, last in enumerate(lasts):
+        history = [{"epoch": 1, "loss": 0.0}, {"epoch": 2, "loss": last}]
+        plots.draw_line(axes, history, "loss", plots.PALETTE[0], label=f"$\\frac${index}")  # not parsed as math
+    plots.draw_line(axes, history, "loss", plots.PALETTE[0])  # without a label
+    plots.label_ends(axes)
+    plots.save(figure, tmp_path / "lines.png")
+    labels = sorted(axes.texts, key=lambda text: text.get_position()[1])
+    boxes = [Text.get_window_extent(text) for text in labels]  # without the line that leads to the label
+    assert len(labels) == len(lasts)
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
+    assert [lasts[int(text.get_text()[-1])] for text in labels] == sorted(lasts)
+    assert 0 <= labels[0].get_position()[1] < labels[-1].get_position()[1] <= 1
+
+
+def test_short_runs_have_markers_and_long_ones_none(tmp_path):
+    for epochs, marker in ((1, "o"), (3, "o"), (200, "")):
+        accuracy, loss, _ = draw_curves(tmp_path, make_history(epochs))
+        assert {line.get_marker() for line in (*accuracy.lines, *loss.lines)} == {marker}
+        ticks = [tick for tick in accuracy.get_xticks() if 0 <= tick <= epochs]
+        assert len(ticks) <= 7 and all(tick == int(tick) for tick in ticks)
+
+
+def test_single_test_value_of_a_validation_run_is_a_marker(tmp_path):
+    for axes in draw_curves(tmp_path, make_history(50, "val", test_loss=0.5, test_accuracy=77.0))[:2]:
+        lines = {line.get_label(): line for line in axes.lines}
         assert set(lines) == {"training", "validation", "test"}
-        assert lines["test"].get_marker() == "o" and lines["test"].get_markevery() == [False, False, False, True]
-        assert lines["validation"].get_marker() == ""
-    assert len({line.get_color() for line in accuracy.lines}) == 3
+        assert lines["test"].get_marker() == "o" and lines["test"].get_xdata().tolist() == [50]
+        assert len({line.get_color() for line in axes.lines}) == 3
 
 
-def test_curves_of_one_epoch_are_dots_at_a_whole_epoch(tmp_path):
-    figure = plots.draw_curves(make_history(1), tmp_path / "curves.png")
-    for axes in figure.axes:
-        assert all(line.get_marker() == "o" and line.get_markevery() == [True] for line in axes.lines)
-        low, high = axes.get_xlim()
-        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+@pytest.mark.parametrize("last_loss, scale", [(0.5, "linear"), (0.3, "log"), (1e-6, "log"), (0.0, "linear")])
+def test_loss_axis_is_logarithmic_only_for_a_wide_range(tmp_path, last_loss, scale):
+    _, loss, _ = draw_curves(tmp_path, make_history(3, train_loss=last_loss))
+    assert loss.get_yscale() == scale
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-@pytest.mark.parametrize("epochs", [1, 4])
-def test_curves_skip_values_that_are_not_finite(tmp_path, bad, epochs):
-    history = make_history(epochs)
-    history[0] |= {"train_loss": bad, "test_loss": bad, "train_accuracy": bad}
-    accuracy, loss, _ = plots.draw_curves(history, tmp_path / "curves.png").axes
-    assert read_size(tmp_path / "curves.png") == (1200, 1200)
-    assert lines_by_label(accuracy)["test"].get_ydata()[0] == history[0]["test_accuracy"]
-    assert len(loss.lines) == (0 if epochs == 1 else 2)
-    for line in loss.lines:
-        assert np.isnan(line.get_ydata()[0]) and np.isfinite(line.get_ydata()[1:]).all()
+def test_curves_skip_values_that_are_not_finite(tmp_path, bad):
+    accuracy, loss, _ = draw_curves(tmp_path, make_history(2, train_loss=bad, test_loss=bad))
+    assert [line.get_xdata().tolist() for line in loss.lines] == [[1], [1]]
+    assert [line.get_xdata().tolist() for line in accuracy.lines] == [[1, 2], [1, 2]]
+    assert not draw_curves(tmp_path, make_history(1, train_loss=bad, test_loss=bad))[1].lines
 
 
-def test_long_curves_with_a_steep_end_leave_the_axes_their_room(tmp_path):
-    history = make_history(200)
-    history[-1]["train_loss"] = 1e-6
-    figure = plots.draw_curves(history, tmp_path / "curves.png")
-    heights = [axes.get_position().height for axes in figure.axes]
-    assert min(heights) > 0.08 and sum(heights) > 0.7
+def read_cells(axes):
+    return {(round(text.get_position()[1]), round(text.get_position()[0])): text for text in axes.texts}
 
 
-def test_curves_are_the_same_bytes_each_time_and_opaque_in_every_corner(tmp_path):
-    for name in ("a.png", "b.png"):
-        plots.draw_curves(make_history(3), tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    pixels = imread(tmp_path / "a.png")
-    for corner in (pixels[0, 0], pixels[0, -1], pixels[-1, 0], pixels[-1, -1]):
-        assert corner.tolist() == [1, 1, 1, 1]
-
-
-def test_confusion_has_true_classes_in_rows_with_counts_and_percentages(tmp_path):
+def test_confusion_shows_percent_of_the_true_class_in_rows(tmp_path):
     confusion = np.diag(np.full(10, 950))
     confusion[3, 5], confusion[3, 3] = 1250, 3750
-    figure = plots.draw_confusion(confusion, CLASSES, tmp_path / "confusion.png")
-    (axes,) = figure.axes
-    cells = {}
-    for text in axes.texts:
-        x, y = text.get_position()
-        cells.setdefault((round(y), round(x)), []).append(text.get_text())
-    assert cells[3, 5] == ["1,250", "25.0 %"] and cells[3, 3] == ["3,750", "75.0 %"]
-    assert cells[0, 0] == ["950", "100.0 %"]
-    assert len(cells) == 11  # no text where there is nothing
-    assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
+    (axes,) = plots.draw_confusion(confusion, CLASSES, tmp_path / "confusion.png").axes
+    cells = {place: text.get_text() for place, text in read_cells(axes).items()}
+    assert len(cells) == 100 and cells[3, 5] == "25.0" and cells[3, 3] == "75.0" and cells[5, 3] == "0"
+    assert axes.get_title() == "90.77% accuracy on 13,550 images"
+    assert axes.get_ylabel() == "true class" and axes.get_xlabel().startswith("predicted class")
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == list(CLASSES)
-    assert axes.get_title().startswith("12,300 of 13,550 images right")
-    red, _, blue, _ = axes.images[0].get_array()[3, 5]
-    assert red > blue  # a mistake is orange, a hit blue
-    red, _, blue, _ = axes.images[0].get_array()[3, 3]
-    assert blue > red
-    assert read_size(tmp_path / "confusion.png") == (1350, 1350)
 
 
-@pytest.mark.parametrize("confusion", [np.zeros((10, 10), int), np.eye(10, dtype=int), np.ones((10, 10), int)])
-def test_confusion_of_few_images_is_drawn(tmp_path, confusion):
-    figure = plots.draw_confusion(confusion, CLASSES, tmp_path / "confusion.png")
-    assert len(figure.axes[0].texts) == 2 * np.count_nonzero(confusion)
+def test_confusion_has_one_color_scale_for_all_runs_and_readable_cells(tmp_path):
+    colors = {}
+    for accuracy in (50, 95):
+        confusion = np.eye(10, dtype=int) * accuracy
+        confusion += np.roll(np.eye(10, dtype=int), 3, axis=1) * (100 - accuracy)
+        confusion[1] = [5, 90, 5] + 7 * [0]  # a row that both matrices share
+        (axes,) = plots.draw_confusion(confusion, CLASSES, tmp_path / "confusion.png").axes
+        image = axes.images[0]
+        colors[accuracy] = image.to_rgba(image.get_array())[..., :3]
+        for place, text in read_cells(axes).items():  # contrast of brightness between text and cell
+            assert abs(np.mean(to_rgb(text.get_color())) - colors[accuracy][place].mean()) > 0.25
+    assert np.array_equal(colors[50][1], colors[95][1])
+    zero, five, fifty, most = (colors[run][place].mean() for run, place in (
+        (95, (1, 3)), (95, (1, 0)), (50, (0, 0)), (95, (0, 0))))
+    assert zero - 0.05 > five > fifty + 0.2 > most + 0.3  # larger is darker, and 5% is visible beside 0%
 
 
-def test_mistakes_show_label_guess_and_probability_of_the_first_36(tmp_path):
+@pytest.mark.parametrize("count, title", [(0, "0.00% accuracy on 0 images"), (1, "10.00% accuracy on 100 images")])
+def test_confusion_of_few_images(tmp_path, count, title):
+    figure = plots.draw_confusion(np.full((10, 10), count), CLASSES, tmp_path / "confusion.png")
+    assert figure.axes[0].get_title() == title
+
+
+def test_mistakes_show_the_first_36_with_true_class_and_prediction(tmp_path):
     images, targets, predictions, probabilities = make_mistakes(40)
     figure = plots.draw_mistakes(images, targets, predictions, probabilities, CLASSES, tmp_path / "mistakes.png")
     assert len(figure.axes) == 36
-    for axes, image in zip(figure.axes, images, strict=False):
-        assert np.array_equal(axes.images[0].get_array(), image)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["airplane", "cat 99.9 %"]
-    assert [text.get_text() for text in figure.axes[17].texts] == ["horse", f"airplane {100 * probabilities[17]:.1f} %"]
-    places = [axes.get_position(original=True) for axes in figure.axes]  # as asked for, before squares are made of it
-    assert all(0 <= place.x0 < place.x1 <= 1 and 0 <= place.y0 < place.y1 <= 1 for place in places)
-    assert len({(round(place.x0, 3), round(place.y0, 3)) for place in places}) == 36
-    assert places[0].y0 == places[5].y0 > places[6].y0  # rows of six, from the top
-    assert read_size(tmp_path / "mistakes.png") == (1350, 1800)
+    assert all(np.array_equal(axes.images[0].get_array(), image)
+               for axes, image in zip(figure.axes, images, strict=False))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["airplane", "cat 99.9%"]
+    assert [text.get_text() for text in figure.axes[17].texts] == ["horse", f"airplane {100 * probabilities[17]:.1f}%"]
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)
+    assert not any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
 
 
-def test_mistakes_of_a_perfect_network_say_so(tmp_path):
+def test_mistakes_of_a_perfect_model(tmp_path):
     figure = plots.draw_mistakes(*make_mistakes(0), CLASSES, tmp_path / "mistakes.png")
     assert not figure.axes and figure.texts[0].get_text() == "No mistakes"
-    assert read_size(tmp_path / "mistakes.png") == (1350, 90)
 
 
-def test_class_names_are_no_formulas(tmp_path):
+def test_names_are_not_parsed_as_math(tmp_path):
     classes = ["$\\frac$", "a_b", "x" * 40, *CLASSES[3:]]
     plots.draw_confusion(np.ones((10, 10), int), classes, tmp_path / "confusion.png")
-    figure = plots.draw_mistakes(*make_mistakes(4), classes, tmp_path / "mistakes.png")
-    assert figure.axes[2].texts[0].get_text() == "x" * 14
+    plots.draw_mistakes(*make_mistakes(4), classes, tmp_path / "mistakes.png")
 
 
 @pytest.mark.parametrize("draw, arguments", [
-    (plots.draw_curves, ([],)),
-    (plots.draw_curves, ([{"epoch": "many\nlines"}],)),
-    (plots.draw_confusion, (np.zeros((3, 4), int), CLASSES)),
-    (plots.draw_mistakes, (*make_mistakes(3)[:3], [0.5], CLASSES)),
+    (plots.draw_curves, (make_history(2), np.ones(20))),
+    (plots.draw_confusion, (np.eye(10, dtype=int), CLASSES)),
+    (plots.draw_mistakes, (*make_mistakes(2), CLASSES)),
 ])
-def test_safely_turns_a_broken_drawing_into_one_line(tmp_path, capsys, draw, arguments):
-    plots.safely(draw, *arguments, tmp_path / "picture.png")
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"warning: {draw.__name__} drew no picture (") and err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_unwritable_path_raises_oserror(tmp_path, draw, arguments):
+    with pytest.raises(OSError):
+        draw(*arguments, tmp_path / "missing" / "picture.png")
 
 
-def test_safely_survives_a_missing_folder_and_draws_otherwise(tmp_path, capsys):
-    plots.safely(plots.draw_curves, make_history(2), tmp_path / "missing" / "curves.png")
-    assert "FileNotFoundError" in capsys.readouterr().err
-    plots.safely(plots.draw_curves, make_history(2), tmp_path / "curves.png")
-    assert capsys.readouterr().err == "" and (tmp_path / "curves.png").exists()
-
-
-def test_safely_lets_an_interrupt_through():
-    def interrupted():
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        plots.safely(interrupted)
-
-
-def test_drawing_leaves_global_settings_alone(tmp_path):
-    before = dict(matplotlib.rcParams)
-    plots.draw_curves(make_history(2), tmp_path / "curves.png")
-    plots.draw_confusion(np.eye(10, dtype=int), CLASSES, tmp_path / "confusion.png")
-    assert dict(matplotlib.rcParams) == before
-
-
-def test_matplotlib_is_loaded_with_the_first_picture_and_pyplot_never():
-    code = ("import sys, types; sys.modules['utils'] = types.ModuleType('utils'); import plots; "
-            "assert 'matplotlib' not in sys.modules; plots.new_figure(1, 1); "
+def test_matplotlib_is_imported_with_the_first_picture_and_pyplot_never():
+    code = ("import sys, types; sys.modules['utils'] = types.SimpleNamespace(write_atomically=None); "  # imports torch
+            "import plots; assert 'matplotlib' not in sys.modules; plots.new_figure(1, 1); "
             "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(plots.__file__).parent)

@@ -1,4 +1,4 @@
-"""TrivialAugment: every operation, strength and sign against torchvision's own class, byte for byte."""
+"""TrivialAugment: every operation, strength and sign is bitwise identical to torchvision's own class."""
 
 from unittest import mock
 
@@ -9,116 +9,112 @@ from torchvision.transforms import TrivialAugmentWide
 
 import trivial_augment
 
-OPERATIONS = tuple(TrivialAugmentWide()._augmentation_space(31))  # names, in the order that its draws count by
+OPERATIONS = tuple(TrivialAugmentWide()._augmentation_space(31))  # names, in the order of the random parameter
+UNSCALED = ("Identity", "AutoContrast", "Equalize")  # all strengths are the same to them
 
 
-def torchvision_pixels(images: torch.Tensor, operation: int, strength: int) -> torch.Tensor:
-    """Run TrivialAugmentWide on images (N, 32, 32, 3) with its draws put in: operation, bin, sign."""
-    draws = iter([operation, strength % 31, strength // 31])
-    # not every operation asks for a bin or a sign, but those that do ask in this order
-    with mock.patch("torch.randint", lambda *_, **__: torch.tensor([next(draws)])):
+def torchvision_transform(images: torch.Tensor, operation: int, strength: int) -> torch.Tensor:
+    """Run TrivialAugmentWide on images (N, 32, 32, 3) with fixed random parameters: operation, bin, sign."""
+    params = iter([operation, strength % 31, strength // 31])
+    # not every operation needs a bin or a sign, but those that do ask in this order
+    with mock.patch("torch.randint", lambda *_, **__: torch.tensor([next(params)])):
         return TrivialAugmentWide()(images.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
 
 
 def structured_images() -> list[torch.Tensor]:
-    """Give images that are not noise: flat ones, ramps, edges, two values, few gray levels, all levels of color."""
+    """Make constant images, ramps, edges, two values, few gray levels, and all levels of color."""
     row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     cube = torch.cartesian_prod(*3 * [torch.arange(0, 256, 17)]).view(4, 32, 32, 3)
     levels = [torch.full((32, 32), value) for value in (0, 1, 128, 255)]
     grays = [*levels, (row * 32 + column) // 4, row * 8, 255 * ((row + column) % 2), 255 * (column > 15), row // 3 + 90,
              254 + (row == 0)]
-    flat_beside_others = torch.stack([levels[1], row * 7, column * 3 + 100], -1)
+    constant_red = torch.stack([levels[1], row * 7, column * 3 + 100], -1)
     return [image.to(torch.uint8) for image in
-            [*(gray[..., None].expand(32, 32, 3) for gray in grays), flat_beside_others, *cube]]
+            [*(gray[..., None].expand(32, 32, 3) for gray in grays), constant_red, *cube]]
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Give noise and structured images, (20, 32, 32, 3)."""
-    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8))
+    """Make noise and structured images, (17, 32, 32, 3)."""
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
     return torch.stack([*noise, *structured_images()])
 
 
 @pytest.fixture(scope="module")
 def everything(images):
-    """Transform every image by every operation and strength in one call: (14, 62, 20, 32, 32, 3)."""
+    """Transform every image by every operation and strength in one shuffled batch: (14, 62, 17, 32, 32, 3)."""
     grid = torch.cartesian_prod(torch.arange(14), torch.arange(62), torch.arange(len(images)))
-    shuffled = grid[torch.from_numpy(np.random.default_rng(1).permutation(len(grid)))]  # groups are to be formed
-    found = torch.empty(len(grid), 32, 32, 3, dtype=torch.uint8)
-    places = (shuffled * torch.tensor([62 * len(images), len(images), 1])).sum(1)
-    found[places] = trivial_augment.transform(images[shuffled[:, 2]], shuffled[:, 0], shuffled[:, 1])
-    return found.view(14, 62, len(images), 32, 32, 3)
+    order = torch.from_numpy(np.random.default_rng(1).permutation(len(grid)))
+    operation, strength, index = grid[order].unbind(1)
+    transformed = torch.empty(len(grid), 32, 32, 3, dtype=torch.uint8)
+    transformed[order] = trivial_augment.transform(images[index], operation, strength)
+    return transformed.view(14, 62, len(images), 32, 32, 3)
 
 
 @pytest.mark.parametrize("operation", range(14), ids=OPERATIONS)
-def test_batches_equal_torchvision_at_every_strength(images, everything, operation):
+def test_batches_and_single_images_equal_torchvision_at_every_strength(images, everything, operation):
     for strength in range(62):
-        assert torch.equal(everything[operation, strength], torchvision_pixels(images, operation, strength)), strength
-
-
-@pytest.mark.parametrize("operation", range(14), ids=OPERATIONS)
-def test_single_images_equal_torchvision_at_every_strength(images, everything, operation):
-    for strength in range(62):
+        if strength == 0 or OPERATIONS[operation] not in UNSCALED:
+            expected = torchvision_transform(images, operation, strength)
+        assert torch.equal(everything[operation, strength], expected), strength
         i = strength % len(images)
-        found = trivial_augment.transform_one(images[i].permute(2, 0, 1).contiguous(), operation, strength)
-        assert torch.equal(found.permute(1, 2, 0), torchvision_pixels(images[i:i + 1], operation, strength)[0])
-        assert torch.equal(found.permute(1, 2, 0), everything[operation, strength, i]), strength
+        single = trivial_augment.transform_one(images[i].permute(2, 0, 1).contiguous(), operation, strength)
+        assert torch.equal(single.permute(1, 2, 0), expected[i]), strength
 
 
-def assert_equal_torchvisions(images: torch.Tensor, name: str):
+def check_against_torchvision(images: torch.Tensor, name: str):
     operation = torch.full((len(images),), OPERATIONS.index(name))
-    found = trivial_augment.transform(images, operation, torch.zeros_like(operation))
-    assert torch.equal(found, torchvision_pixels(images, OPERATIONS.index(name), 0))
+    transformed = trivial_augment.transform(images, operation, torch.zeros_like(operation))
+    assert torch.equal(transformed, torchvision_transform(images, OPERATIONS.index(name), 0))
 
 
 def test_autocontrast_equals_torchvision_for_every_range():
     ranges = torch.arange(258).clamp(max=255).view(-1, 1, 3)
     low = torch.from_numpy(np.random.default_rng(0).integers(0, 256 - ranges.numpy()))
     images = (low + ranges * torch.linspace(0, 1, 1024)[:, None]).to(torch.uint8).view(-1, 32, 32, 3)  # every level
-    assert_equal_torchvisions(images, "AutoContrast")
+    check_against_torchvision(images, "AutoContrast")
 
 
 def test_equalize_equals_torchvision_for_every_count_of_the_brightest():
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.integers(0, 200, (342, 1024, 3)))
-    counts = torch.arange(3 * 342).view(-1, 1, 3)  # of pixels at 220: from none over each step of the formula to all
+    counts = torch.arange(3 * 342).view(-1, 1, 3)  # pixels at 220: from none over each step of the formula to all
     images = torch.where(torch.arange(1024)[:, None] < counts, 220, noise).to(torch.uint8).view(-1, 32, 32, 3)
-    assert_equal_torchvisions(images, "Equalize")
+    check_against_torchvision(images, "Equalize")
 
 
 def test_an_image_does_not_depend_on_the_others(images):
-    operation, strength = trivial_augment.draw(100, 0, 0)
-    picked = images[torch.arange(100) % len(images)]
-    before = picked.clone()
-    whole = trivial_augment.transform(picked, operation, strength)
-    assert torch.equal(picked, before)  # nothing is changed in place
+    operation, strength = trivial_augment.random_params(100, 0, 0)
+    many = images[torch.arange(100) % len(images)]
+    before = many.clone()
+    whole = trivial_augment.transform(many, operation, strength)
+    assert torch.equal(many, before)  # nothing is changed in place
     for rows in (torch.arange(100).flip(0), torch.arange(37), operation > 9, operation == 0, operation == 8,
-                 torch.arange(0), *torch.arange(100)[:, None]):
-        part = trivial_augment.transform(picked[rows], operation[rows], strength[rows])
+                 torch.arange(0), *torch.arange(0, 100, 5)[:, None]):
+        part = trivial_augment.transform(many[rows], operation[rows], strength[rows])
         assert torch.equal(part, whole[rows]) and part.is_contiguous()
 
 
-def test_no_result_is_waited_for():
-    """On the meta device, which has no values, everything that would read one back raises."""
+def test_nothing_synchronizes_with_the_device():
+    """On the meta device, which has no values, reading one back raises."""
     images = torch.empty(200, 32, 32, 3, dtype=torch.uint8, device="meta")
-    found = trivial_augment.transform(images, *trivial_augment.draw(200, 0, 0))
-    assert found.is_meta and found.shape == images.shape and found.dtype == torch.uint8
+    transformed = trivial_augment.transform(images, *trivial_augment.random_params(200, 0, 0))
+    assert transformed.is_meta and transformed.shape == images.shape and transformed.dtype == torch.uint8
 
 
-def test_draws_have_torchvisions_distribution():
-    operation, strength = trivial_augment.draw(140_000, 0, 0)
+def test_random_params_are_uniform_and_independent():
+    operation, strength = trivial_augment.random_params(140_000, 0, 0)
     assert operation.dtype == strength.dtype == torch.int64
-    assert operation.shape == strength.shape == (140_000,)
-    together = torch.bincount(operation * 62 + strength, minlength=14 * 62)  # about 161 each: also no dependence
-    assert len(together) == 14 * 62 and 90 < together.min() and together.max() < 240
-    assert (torch.bincount(operation) - 10_000).abs().max() < 400  # a deviation is 96
+    counts = torch.bincount(operation * 62 + strength, minlength=14 * 62)  # about 161 each
+    assert len(counts) == 14 * 62 and 90 < counts.min() and counts.max() < 240
+    assert (torch.bincount(operation) - 10_000).abs().max() < 400  # standard deviation 96
     assert (torch.bincount(strength % 31) - 140_000 / 31).abs().max() < 270  # 66
     assert abs((strength > 30).sum() - 70_000) < 800  # 187
 
 
-def test_draws_are_a_function_of_seed_and_epoch_apart_from_the_table():
-    first, again = trivial_augment.draw(50, 3, 7), trivial_augment.draw(50, 3, 7)
+def test_random_params_are_a_function_of_seed_and_epoch_with_their_own_stream():
+    first, again = trivial_augment.random_params(50, 3, 7), trivial_augment.random_params(50, 3, 7)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in (trivial_augment.draw(50, 3, 8), trivial_augment.draw(50, 4, 7)):
+    for other in (trivial_augment.random_params(50, 3, 8), trivial_augment.random_params(50, 4, 7)):
         assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    assert not np.array_equal(first[0], np.random.default_rng([3, 7]).integers(0, 14, 50))  # the table's own stream
+    assert not np.array_equal(first[0], np.random.default_rng([3, 7]).integers(0, 14, 50))

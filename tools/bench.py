@@ -1,28 +1,23 @@
-"""Measure how fast this program trains, beside the published way, on the device at hand.
+"""Measure how fast this program trains, beside the published way: `python tools/bench.py --json cpu.json`.
 
-python tools/bench.py --json results/bench/cpu.json
-
-What is compared is measured in turns in one run, so that a machine that grows busier changes both sides of a ratio.
-The images are random bytes: no time depends on what they show.
+Whatever is compared is measured in turns in one run, so that a machine that gets busier changes both sides of a ratio.
+The images are random bytes: no time depends on their content. Files go to a temporary folder.
 """
 
 import contextlib
 import copy
 import json
-import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from argparse import Namespace
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,317 +25,287 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import batches
+import cifar10
 import data
-import device as devices
+import hardware
 import options
 import train
-from trainer import RunError, Trainer
-from utils import Processes, Signals, UserError, save_checkpoint, say, write_text
+from checkpoint import RunFolder, TrainState
+from distributed import World
+from train import Run, train_step
+from utils import RunError, Signals, UserError, exit_on_signals, print_line, run_program, write_text
 
-EPOCH, TEST_SET = 50_000, 10_000  # images that the figures for an epoch and for an evaluation stand for
-PROGRAM, PAPER, NO_TF32 = "this program", "the paper's way", "the paper's way, TF32 off"
-ADDED = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add to a step
-
-
-class Counts(NamedTuple):
-    """How much is measured."""
-
-    repeats: int  # of every measurement
-    warm_ups: int  # rounds before; CUDA graphs need three
-    steps: int  # of training, the last ones of an epoch
-    loader_steps: int  # per process of the loaders that work image by image
-    train_images: int
-    test_images: int
-    batch_size: int
-    product: int  # rows and columns of the large matrices
-
-
-COUNTS = {("cpu", False): Counts(5, 1, 2, 64, 390 * 128, 1000, 128, 4096),  # a last batch of 80 would weigh too much
-          ("cpu", True): Counts(2, 1, 1, 16, 200 * 128, 125, 64, 2048),
-          ("cuda", False): Counts(5, 3, 391, 64, EPOCH, TEST_SET, 128, 8192),
-          ("cuda", True): Counts(2, 3, 391, 16, EPOCH, TEST_SET, 128, 8192)}
-
-
-class Rows(dict[str, dict[str, Any]]):
-    """The table: of every name, which ends in its unit, the samples, their median and spread."""
-
-    def add(self, name: str, *samples: float) -> None:
-        """Add a row."""
-        self[name] = {"median": statistics.median(samples), "min": min(samples), "max": max(samples),
-                      "samples": list(samples)}
-
-    def measure(self, counts: Counts, actions: dict[str, Callable[[], float]]) -> None:
-        """Take every measurement once, then every one again, and so on; the first rounds do not count."""
-        rounds = [[action() for action in actions.values()] for _ in range(counts.warm_ups + counts.repeats)]
-        for name, samples in zip(actions, zip(*rounds[counts.warm_ups:], strict=True), strict=True):
-            self.add(name, *samples)
-
-    def divide(self, name: str, above: str, below: str, factor: float = 1) -> None:
-        """Add the ratio of two rows measured in turns, round by round: it has a spread of its own."""
-        self.add(name, *(factor * a / b for a, b in zip(self[above]["samples"], self[below]["samples"], strict=True)))
-
-    def __str__(self) -> str:
-        width = max(map(len, self))
-        lines = [f"{'':{width}}     median        min        max"]
-        for name, row in self.items():
-            values = list(row.values())[:3 if len(row["samples"]) > 1 else 1]  # one sample has no spread
-            cells = (f"{value:10,.0f}" if abs(value) >= 1000 else f"{value:10.4g}" for value in values)
-            lines.append(" ".join([f"{name:{width}}", *cells]))
-        return "\n".join(lines)
+EPOCH, TEST_SET = 50_000, 10_000  # images
+EXTRAS = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add
+# Five minutes at most; with --quick about one, or two on CUDA, for compiling. Batch size, unless it is given; rounds,
+# after one that warms up; steps at the end of an epoch, of this program, of the published way, and with ten times the
+# images (whose random parameters are all made before the first of these steps); test images; size of the matrices.
+Counts = namedtuple("Counts", "batch_size repeats steps published_steps ten_steps test_images size")
+COUNTS = {("cpu", False): Counts(128, 3, 1, 1, 1, 500, 4096), ("cpu", True): Counts(32, 2, 1, 1, 1, 125, 2048),
+          ("cuda", False): Counts(128, 3, 391, 100, 1173, TEST_SET, 8192),
+          ("cuda", True): Counts(128, 1, 391, 50, 391, TEST_SET, 8192)}
+Rows = dict[str, np.ndarray]  # a name, which ends in the unit, and the values of all rounds
 
 
 def random_split(count: int) -> data.Split:
-    """Make images that show nothing."""
-    rng = np.random.default_rng(0)
-    words = rng.integers(0, 2**64, (count, 32 * 32 * 3 // 8), dtype=np.uint64)  # far faster than byte by byte
-    return data.Split(torch.from_numpy(words.view(np.uint8).reshape(count, 32, 32, 3)),
-                      torch.from_numpy(rng.integers(0, 10, count)), list(batches.CLASSES))
+    """Make images of random bytes."""
+    images = torch.randint(2**62, (count, 32 * 32 * 3 // 8)).view(torch.uint8).view(count, 32, 32, 3)
+    return data.Split(images, torch.arange(count) % 10, list(cifar10.CLASSES))
 
 
-def build(flags: Sequence[str], folder: Path, name: str) -> Trainer:
-    """Build a run as train.py does."""
-    args, given = options.parse_args([*flags, "--data-dir", str(folder), "--checkpoint-dir", str(folder),
-                                      "--name", name, "--save-minutes", "1e9"])
-    trainer, _ = train.set_up(args, given, Processes())
-    trainer.folder.close()  # Windows removes no open file
-    return trainer
+def build(flags: Sequence[str], train_images: int, test_images: int, folder: Path) -> tuple[Run, TrainState]:
+    """Build a run as train.py does, on random images; RunError if it is not compiled although it should be."""
+    args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000"])
+    device = hardware.select_device(args.device)
+    precision = hardware.select_precision(args.precision, device)
+    hardware.set_up_backend(device, args.deterministic)
+    torch.manual_seed(args.seed)
+    model = options.build_model(args).to(device, memory_format=torch.channels_last)
+    loader = data.build_loader(random_split(train_images), args, device, World())
+    state = TrainState(args, model, len(loader), precision)
+    run = Run(args, World(), device, precision, RunFolder(folder), loader, random_split(test_images).to(device),
+              "test", train.build_forward(args, model, device, precision))
+    if hardware.can_compile(device) if args.compile is None else args.compile:
+        train.compile_forward(run, state)
+        if run.compiled_forward is None:
+            raise RunError("this program could not be compiled, which makes it slower; measure with --no-compile")
+    run.environment = train.get_environment(run)
+    return run, state
 
 
-@cache  # where there is one, it is used again and again
-def build_paper(flags: tuple[str, ...], folder: Path) -> Trainer:
-    """Build a run of the published way: torchvision's loader, float32, NCHW, three waits a step."""
-    def step(inputs: Tensor, targets: Tensor) -> None:
-        Trainer.train_step(trainer, inputs.contiguous(), targets)  # the copy is less than a thousandth of the step
-        for index in (0, 1, 0):  # the published loop reads the loss, the hits, and the loss again
-            trainer.totals[index].item()
-    with mock.patch.object(devices, "keep_freed_memory"):  # PyTorch does not do so by itself
-        trainer = build([*flags, "--loader", "workers", "--workers", str(data.count_cores()), "--precision", "fp32",
-                         "--no-compile"], folder, "paper")
-    trainer.model.to(memory_format=torch.contiguous_format)
-    for state in trainer.optimizer.state.values():  # with other strides torch would step tensor by tensor
-        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
-    for group in trainer.optimizer.param_groups:
-        group["fused"] = None  # as PyTorch leaves it
-    trainer.train_step = step
-    return trainer
+def published_step(run: Run, state: TrainState, inputs: Tensor, *targets: Tensor) -> None:
+    """Take a step the published way, which waits for the device three times."""
+    train_step(run, state, inputs.contiguous(), *targets)  # the copy takes less than a thousandth of the step
+    for index in (0, 1, 0):  # the published loop reads the loss, the correct predictions, and the loss again
+        state.totals[index].item()
 
 
-def close_loader(trainer: Trainer) -> None:
-    """End the loader's workers, which their process would wait for."""
-    trainer.loader.close()
+def serve_published(steps: str, train_images: str, test_images: str, folder: str, *flags: str) -> None:
+    """Measure the published way once per line of standard input, in a process with settings and memory of its own.
 
-
-def call_paper(flags: tuple[str, ...], folder: Path, way: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function with the published way's trainer, in the process where it is alone."""
-    # By itself PyTorch allows TF32 in convolutions and not in products, of which training has a millionth.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way != NO_TF32
-    return function(build_paper(flags, folder), *args)
-
-
-def seconds(device: torch.device, action: Callable[[], Any]) -> float:
-    """Time an action, from an idle device to an idle device."""
-    wait = torch.get_device_module(device).synchronize
-    wait()
-    start = time.perf_counter()
-    action()
-    wait()
-    return time.perf_counter() - start
-
-
-def loader_rate(loader: data.Loader, steps: int) -> float:
-    """Return images/s of the last `steps` batches of an epoch, made and not used."""
-    first = max(0, len(loader) - steps)
-    duration = seconds(loader.device, lambda: sum(1 for _ in loader.epoch(0, first)))
-    return (len(loader.targets) - first * loader.batch_size) / duration
-
-
-def bare_rate(trainer: Trainer, steps: int) -> float:
-    """Return images/s of training steps on one batch that is there already."""
-    inputs = torch.randn(trainer.loader.batch_size, 3, 32, 32, device=trainer.device)
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
-    targets = torch.zeros(len(inputs), dtype=torch.int64, device=trainer.device)
-
-    def run() -> None:
-        for _ in range(steps):
-            trainer.step = 0  # a whole batch, for `Loader.count`
-            trainer.train_step(inputs, targets)
-    trainer.model.train()
-    return steps * len(targets) / seconds(trainer.device, run)
-
-
-def whole_rate(trainer: Trainer, steps: int, loader: data.Loader | None = None) -> float:
-    """Return images/s of the last `steps` steps of the next epoch, with all that training does; switch to a loader."""
-    loader = loader or trainer.loader
-    first = max(0, len(loader) - steps)
-    trainer.loader, trainer.epoch, trainer.step = loader, trainer.epoch + 1, first
-    trainer.totals, trainer.seconds = trainer.no_totals(), 0.0
-    duration = seconds(trainer.device, lambda: trainer.train_epoch(Signals()))
-    return (len(loader.targets) - first * loader.batch_size) / duration
-
-
-def product_rate(trainer: Trainer, size: int) -> float:
-    """Return the GFLOP/s of large matrix products in the precision of training."""
-    a, b = torch.randn(2, size, size, device=trainer.device).to(devices.PRECISIONS[trainer.precision])
-    count = 1 if trainer.device.type == "cpu" else 20
-    a @ b
-    return 2e-9 * size**3 * count / seconds(trainer.device, lambda: [a @ b for _ in range(count)])
-
-
-def count_flops(model: nn.Module) -> int:
-    """Count the floating point operations of training on one image, in convolutions and linear layers.
-
-    A multiply-add is two. Training takes three times the forward pass: going back, the gradients of a layer's inputs
-    and of its weights each cost what its outputs did. (The first layer's inputs need none, 0.1 % of the whole.)
+    Its images come from torchvision in worker processes; fp32, NCHW, an optimizer that is not fused, no compiling.
     """
-    model, counted = copy.deepcopy(model).cpu().eval(), []
-    for layer in (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)):
-        layer.register_forward_hook(lambda layer, _, out: counted.append(2 * out.numel() * layer.weight[0].numel()))
-    with torch.inference_mode():
-        model(torch.zeros(1, 3, 32, 32))
-    return 3 * sum(counted)
+    hardware.keep_freed_memory, train.train_step = lambda: None, published_step
+    own = ["--workers", str(hardware.count_cores()), "--precision", "fp32", "--no-compile"]
+    run, state = build([*flags, *own], int(train_images), int(test_images), Path(folder))
+    for model in (state.model, state.eval_model):
+        model.to(memory_format=torch.contiguous_format)
+    for values in state.optimizer.state.values():  # with the strides of the weights
+        values.update({name: value.contiguous() for name, value in values.items()})
+    for group in state.optimizer.param_groups:
+        group["fused"] = None  # PyTorch's default
+    with contextlib.closing(run.loader):
+        for line in sys.stdin:  # ends with the other process, even if that is killed
+            torch.backends.cudnn.allow_tf32 = line == "tf32\n"
+            print_line(str(whole_rate(run, state, int(steps))))
+
+
+def in_turns(repeats: int, actions: dict[str, Callable[[], float]]) -> Rows:
+    """Take every measurement once, then every one again, and so on; the first round only warms up."""
+    rounds = [[action() for action in actions.values()] for _ in range(1 + repeats)]
+    return dict(zip(actions, np.array(rounds[1:]).T, strict=True))
+
+
+def seconds(device: torch.device, action: Callable[[], Any], count: int = 1) -> float:
+    """Return the seconds that an action takes, the mean of `count`, from an idle device to an idle device."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        action()
+    synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def loader_rate(loader: data.Loader, steps: int, use: Callable[[int], Any] | None = None) -> float:
+    """Return images/s of the last `steps` steps of an epoch; `use(first)` takes them, or they are only loaded."""
+    first = max(0, len(loader) - steps)
+    use = use or (lambda first: sum(1 for _ in loader.epoch(0, first)))
+    return (len(loader.targets) - first * loader.args.batch_size) / seconds(loader.device, lambda: use(first))
+
+
+def whole_rate(run: Run, state: TrainState, steps: int) -> float:
+    """Return images/s of the last `steps` steps of the next epoch, from the loader to the progress bar."""
+    def use(first: int) -> None:
+        state.epoch, state.step, state.seconds, state.totals = state.epoch + 1, first, 0.0, state.zero_totals()
+        train.train_one_epoch(run, state, Signals())
+    return loader_rate(run.loader, steps, use)
+
+
+def bare_rate(run: Run, state: TrainState, steps: int) -> float:
+    """Return images/s of steps on one full batch that is on the device already."""
+    batch, *_ = list(run.loader.epoch(0, max(0, len(run.loader) - 2)))
+    state.model.train()
+
+    def step() -> None:
+        state.step = 0  # of a full batch
+        train.train_step(run, state, *batch)
+    return len(batch[1]) / seconds(run.device, step, steps)
+
+
+def training_cost(model: nn.Module, precision: str, compiled: bool) -> tuple[float, float]:
+    """Return the GFLOP, and the GB that batch norm and ReLU move, of training on one image.
+
+    A multiply-add is two operations; the gradients of inputs and of weights each cost what the outputs do. Batch norm
+    takes eight passes over its values: forward it reads them for the statistics, then reads and writes; backward it
+    reads values and gradients for two sums, then reads both and writes. The ReLU after it takes five (read, write;
+    read two, write), or none if it is compiled into batch norm.
+    """
+    model, flop, values = copy.deepcopy(model).to("meta").eval(), [], []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda layer, _, out: flop.append(6 * out.numel() * layer.weight[0].numel()))
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(lambda layer, _, out: values.append(out.numel()))
+    model(torch.zeros(1, 3, 32, 32, device="meta"))
+    return 1e-9 * sum(flop), 1e-9 * sum(values) * (8 if compiled else 13) * hardware.PRECISIONS[precision].itemsize
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, in MB: of the GPU, else of this process; NaN where the system cannot tell."""
+    """Return the most memory used so far, in MB: of the GPU, else of this process (not on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    if os.name == "nt":
-        return float("nan")
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def start_seconds(flags: Sequence[str], folder: Path) -> float:
-    """Time train.py from the command to the end of the first step, when a checkpoint appears; RunError if none does."""
-    run = Path(tempfile.mkdtemp(dir=folder))
-    start = time.perf_counter()
-    with subprocess.Popen([sys.executable, train.__file__, *flags, "--data-dir", str(folder), "--checkpoint-dir",
-                           str(folder), "--name", run.name, "--save-minutes", "0", "--no-compile"],
-                          stdout=subprocess.DEVNULL) as process:
-        while not (run / "last.pt").exists():
-            if process.poll() is not None:
-                raise RunError("train.py, started to be timed, has ended before its first step")
-            time.sleep(0.01)
-        duration = time.perf_counter() - start
-        process.kill()
-    return duration
-
-
-def measure_scaling(rows: Rows, program: Trainer, counts: Counts) -> None:
-    """Measure what ten times as many images change."""
-    if program.device.type == "cuda":  # cuDNN's trials took more than a step does
-        torch.cuda.reset_peak_memory_stats(program.device)
-        whole_rate(program, counts.steps)
-    before, once = peak_memory(program.device), program.loader
-    images = 10 * (counts.train_images // once.batch_size) * once.batch_size  # no last batch of a size to compile for
-    ten = data.DeviceLoader(random_split(images), once.batch_size, program.device, seed=0)
-    ten_steps = len(ten) if counts.steps >= len(once) else counts.steps  # the draws are made once an epoch
-    rows.measure(counts, {"images once, images/s": partial(whole_rate, program, counts.steps, once),
-                          "ten times the images, images/s": partial(whole_rate, program, ten_steps, ten)})
-    rows.divide("ten times the images : images once", "ten times the images, images/s", "images once, images/s")
-    rows.add("memory growth : bytes of these images", 1e6 * (peak_memory(program.device) - before) / ten.images.nbytes)
-    program.loader = once
-
-
-def measure_loaders(rows: Rows, program: Trainer, counts: Counts) -> None:
-    """Measure the loaders alone."""
-    ours, workers = program.loader, data.count_cores()
-    split = data.Split(ours.images.cpu(), ours.targets.cpu(), [])
-    alone, several = (data.WorkersLoader(split, ours.batch_size, ours.device, 0, workers=n) for n in (0, workers))
-    loaders = {"device loader": (ours, len(ours)), "torchvision in one process": (alone, counts.loader_steps),
-               f"torchvision in {workers} workers": (several, workers * counts.loader_steps)}
-    with contextlib.closing(several):  # or its workers outlive it, and the program waits for them
-        rows.measure(counts, {f"{name}, images/s": partial(loader_rate, *of) for name, of in loaders.items()})
-    for name in list(loaders)[1:]:
-        rows.divide(f"device loader : {name}", "device loader, images/s", f"{name}, images/s")
-
-
-def measure_training(rows: Rows, program: Trainer, harder: Trainer, paper: Callable[..., float], ways: Sequence[str],
-                     counts: Counts) -> None:
-    """Measure bare steps, whole training and large products, and what share of their rate training reaches.
-
-    And `harder`, this program with what the recipes add, beside it without. `paper` calls `call_paper`.
-    """
-    rates = {"bare step, images/s": (bare_rate, counts.steps), "whole training, images/s": (whole_rate, counts.steps),
-             "matrix product, GFLOP/s": (product_rate, counts.product)}
-    added = f"{PROGRAM} with {' '.join(ADDED)}, images/s"
-    actions = {f"{PROGRAM}: {name}": partial(rate, program, count) for name, (rate, count) in rates.items()}
-    actions[added] = partial(whole_rate, harder, counts.steps)
-    actions |= {f"{way}: {name}": partial(paper, way, *rate) for way in ways for name, rate in rates.items()}
-    rows.measure(counts, actions)
-    rows.divide("time of an epoch with these : without", f"{PROGRAM}: whole training, images/s", added)
-    rows.add("GFLOP of training per image", gflop := count_flops(program.model) / 1e9)
-    for way in (PROGRAM, *ways):
-        bare, whole, product = (f"{way}: {name}" for name in rates)
-        rows.divide(f"{way}: whole training : bare step", whole, bare)
-        rows.add(f"{way}: arithmetic, GFLOP/s", *(gflop * rate for rate in rows[whole]["samples"]))
-        rows.divide(f"{way}: share of the product's rate, %", f"{way}: arithmetic, GFLOP/s", product, 100)
-        if way != PROGRAM:
-            rows.divide(f"whole training, {PROGRAM} : {way}", f"{PROGRAM}: whole training, images/s", whole)
-
-
-def measure(flags: Sequence[str], counts: Counts, folder: Path) -> tuple[dict[str, str], Rows]:
-    """Measure everything in an empty folder; return what was measured on, and the table."""
-    for name in (*data.TRAIN_FILES, *data.TEST_FILES):
-        split = random_split(-(-counts.train_images // len(data.TRAIN_FILES)))
-        batches.write_batch(folder / name, split.images.numpy(), split.targets.numpy(), name)
-    settings = ["--batch-size", str(counts.batch_size), "--limit-train", str(counts.train_images),
-                "--limit-test", str(counts.test_images), *flags]
-    rows, program = Rows(), build(settings, folder, "program")
-    whole_rate(program, counts.steps)
-    rows.add("peak memory, MB", peak_memory(program.device))  # before anything else needs some
-    measure_scaling(rows, program, counts)
-    measure_loaders(rows, program, counts)
-    ways = [PAPER, NO_TF32] if program.device.type == "cuda" else [PAPER]
-    apart = multiprocessing.get_context("spawn")  # its settings, and how it takes memory, are not this program's
-    with ProcessPoolExecutor(1, mp_context=apart) as process:
-        def paper(*args: Any) -> Any:
-            return process.submit(call_paper, tuple(settings), folder, *args).result()
+    """Time train.py from the command to the end of its first step and the save after it."""
+    path, start = Path(tempfile.mkdtemp(dir=folder)), time.perf_counter()
+    with subprocess.Popen([sys.executable, train.__file__, *flags, "--data-dir", folder, "--output-dir", path,
+                           "--save-minutes", "0"], stdout=subprocess.DEVNULL) as process:
         try:
-            measure_training(rows, program, build([*settings, *ADDED], folder, "harder"), paper, ways, counts)
-            published = paper(PAPER, Trainer.environment)
+            while not (path / "previous.pt").exists():  # the checkpoint before the first step, renamed after it
+                if process.poll() is not None:
+                    raise RunError("train.py, started to be timed, has ended before its first step")
+                time.sleep(0.01)
+            return time.perf_counter() - start
         finally:
-            paper(PAPER, close_loader)
-    epoch = EPOCH / rows[f"{PROGRAM}: whole training, images/s"]["median"]
-    rows.add(f"epoch of {EPOCH:,} images, s", epoch)
-    rows.measure(counts, {
-        f"evaluation of {TEST_SET:,} images (from {counts.test_images:,}), % of an epoch": lambda: 100 / epoch
-        * TEST_SET / counts.test_images * seconds(program.device, lambda: program.predict(program.held_out)),
-        "save, s": lambda: seconds(program.device, lambda: save_checkpoint(
-            program.state(), program.folder.last, program.folder.previous))})
-    starts = [start_seconds(flags, folder) for _ in range(counts.repeats // 2)]
-    rows.add("command to the end of the first step, without compile, s", *starts)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    cpu = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
-    return {"device": f"{devices.describe(program.device)}; {data.count_cores()} cores of {cpu}",
-            "torch": f"{torch.__version__}, Python {platform.python_version()}",
-            "date": time.strftime("%Y-%m-%d %H:%M"),
-            PROGRAM: f"{program.environment()}, {torch.get_num_threads()} threads",
-            PAPER: f"{published}, {data.count_cores()} worker processes",
-            "counts": ", ".join(f"{name} {value}" for name, value in counts._asdict().items())}, rows
+            process.kill()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark and print its table; a mistake is one line and status 2."""
-    parser = options.Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="as in train.py")
-    parser.add_argument("--quick", action="store_true", help="under a minute on two cores: smaller, fewer, less exact")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as data")
-    args = parser.parse_args(argv)
-    try:
-        if args.json and not args.json.parent.is_dir():
-            raise UserError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
-        counts = COUNTS["cuda" if devices.pick_device(args.device).type == "cuda" else "cpu", args.quick]
-        with tempfile.TemporaryDirectory(dir=Path(train.__file__).parent / "checkpoints", prefix=".bench-") as folder:
-            head, rows = measure(["--device", args.device], counts, Path(folder))
-        head = {"command": " ".join(["python", *sys.argv]), **head}
-        say("\n".join([*(f"{name:15} {value}" for name, value in head.items()), "", str(rows)]))
-        if args.json:
-            write_text(args.json, json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
-    except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(str(error).splitlines()[0])
+def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path) -> Iterator[tuple[str, Rows]]:
+    """Measure everything; yield the title and the rows of each section."""
+    device, cores, repeats = hardware.select_device(args.device), hardware.count_cores(), counts.repeats
+    for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
+        split = random_split(-(-EPOCH // len(cifar10.TRAIN_FILES)))
+        cifar10.write_batch(folder / name, split.images.numpy(), split.targets.numpy(), name)
+    caches = (", cold compile cache", ", warm compile cache") if args.compile else ("",)
+    yield "start", {f"command to the end of the first step{cache}, s": [start_seconds(flags, folder)]
+                    for cache in caches}
+
+    images = EPOCH if device.type == "cuda" else EPOCH - EPOCH % args.batch_size  # few steps: let all be full batches
+    run, state = build(flags, images, counts.test_images, folder)
+    with contextlib.closing(run.loader):
+        whole_rate(run, state, counts.steps)
+        if device.type == "cuda":  # forget what cuDNN's trials of algorithms took
+            torch.cuda.reset_peak_memory_stats(device)
+            whole_rate(run, state, counts.steps)
+        yield "memory", {"peak memory of training, MB": [before := peak_memory(device)]}
+
+        ten = copy.copy(run)
+        with contextlib.closing(data.build_loader(random_split(10 * images), args, device, World())) as ten.loader:
+            rows = in_turns(repeats, {"50,000 images, images/s": lambda: whole_rate(run, state, counts.steps),
+                                      "500,000 images, images/s": lambda: whole_rate(ten, state, counts.ten_steps)})
+            growth = 1e6 * (peak_memory(device) - before) / ten.loader.images.nbytes
+        yield "ten times the images", {**rows, "speed, 500,000 : 50,000": np.divide(*reversed(rows.values())),
+                                       "memory growth : bytes of the images": [growth]}
+
+        split = data.Split(run.loader.images.cpu(), run.loader.targets.cpu(), [])
+        one, several = (data.WorkersLoader(split, args, device, workers=workers) for workers in (0, cores))
+        ours = data.DeviceLoader(split, args, device)
+        with contextlib.closing(several):
+            rows = in_turns(repeats, {
+                "device loader, images/s": lambda: loader_rate(ours, len(ours)),
+                "torchvision in one process, images/s": lambda: loader_rate(one, 16),
+                f"torchvision in {cores} workers, images/s": lambda: loader_rate(several, 16 * cores)})
+        first, *others = rows
+        yield "loaders", rows | {f"device loader : {name.partition(',')[0]}": rows[first] / rows[name]
+                                 for name in others}
+
+        yield "training", (rows := measure_training(run, state, flags, counts))
+        epoch = EPOCH / np.median(rows["this program, images/s"])
+        rows = in_turns(repeats, {
+            "evaluation of 10,000 images, s": lambda: TEST_SET / counts.test_images * seconds(
+                device, lambda: run.predict_logits(state, run.eval_split)),
+            "save, s": lambda: seconds(device, lambda: train.save(run, state, must_succeed=True))})
+        yield "epoch", {"training on 50,000 images, s": [epoch], **rows,
+                        "evaluation, % of an epoch": 100 / epoch * rows["evaluation of 10,000 images, s"]}
+
+
+def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: Counts) -> Rows:
+    """Measure this program with and without the extras, the published way, and the hardware, all in turns."""
+    build_args, device = (len(run.loader.targets), counts.test_images, run.folder.path), run.device
+    extras = build([*flags, *EXTRAS], *build_args)
+    a, b = torch.randn(2, counts.size, counts.size, device=device)
+    c, d = (matrix.to(hardware.PRECISIONS[run.precision]) for matrix in (a, b))
+    actions = {"this program, images/s": lambda: whole_rate(run, state, counts.steps),
+               "bare steps, images/s": lambda: bare_rate(run, state, counts.steps),
+               "this program with extras, images/s": lambda: whole_rate(*extras, counts.steps),
+               "large matrix product, GFLOP/s": lambda: 2e-9 * counts.size**3 / seconds(device, lambda: c @ d, 5),
+               "copy of a large tensor, GB/s": lambda: 2e-9 * a.nbytes / seconds(device, lambda: b.copy_(a), 20)}
+    ways = {"published way": "tf32\n"} | ({"published way, TF32 off": "\n"} if device.type == "cuda" else {})
+    command = [sys.executable, __file__, "--published", counts.published_steps, *build_args, *flags]
+    with contextlib.closing(extras[0].loader), subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
+        rows = in_turns(counts.repeats, actions | {
+            f"{way}, images/s": lambda line=line: child.stdin.write(line) and float(child.stdout.readline())
+            for way, line in ways.items()})
+    ours, bare, with_extras, product, bandwidth, *published = rows.values()
+    gflop, gbytes = training_cost(state.model, run.precision, run.compiled_forward is not None)
+    bound = 1 / (gflop / product + gbytes / bandwidth)
+    return rows | {"this program : bare steps": ours / bare, "time with extras : without": ours / with_extras,
+                   **{f"this program : {way}": ours / rate for way, rate in zip(ways, published, strict=True)},
+                   "arithmetic, GFLOP per image": [gflop],
+                   "share of the product's rate, %": 100 * gflop * ours / product,
+                   "batch norm and ReLU, GB per image": [gbytes],
+                   "bound by arithmetic and memory, images/s": bound, "share of the bound, %": 100 * ours / bound}
+
+
+def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
+    """Print each section as it is finished, and write all that is measured so far."""
+    args, _ = options.parse_args(flags)
+    if args.resume is not None or args.init_from or args.summary:
+        raise UserError("--resume, --init-from and --summary are not for the benchmark")
+    device = hardware.select_device(args.device)
+    counts = COUNTS["cuda" if device.type == "cuda" else "cpu", quick]
+    compiled = hardware.can_compile(device) if args.compile is None else args.compile
+    flags = ["--batch-size", str(counts.batch_size), *flags, "--compile" if compiled else "--no-compile"]
+    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    head = {  # what the values depend on, so that those of different machines are not mixed
+        "device": hardware.describe(device), **hardware.versions(), "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": cpu.partition("model name\t: ")[2].partition("\n")[0] or platform.processor(),
+        "avx512": "AVX512" in torch.backends.cpu.get_cpu_capability(),
+        "cpu_bf16": hardware.select_precision("auto", torch.device("cpu")) == "bf16",
+        "cores": hardware.count_cores(), "threads": torch.get_num_threads(), "compiled": compiled,
+        "precision": hardware.select_precision(args.precision, device), "flags": " ".join(flags),
+        "extras": " ".join(EXTRAS), "counts": counts._asdict()}
+    print_line("\n".join(f"{name:12} {value}" for name, value in head.items()))
+    rows = {}
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{name}/inductor", "TRITON_CACHE_DIR": f"{name}/triton"}
+        for title, found in sections(options.parse_args(flags)[0], flags, counts, folder):
+            print_line(f"\n{title:50}    median        min        max")
+            for name, samples in found.items():
+                values = {f.__name__: float(f(samples)) for f in (np.median, np.min, np.max)}
+                rows[name] = {"section": title, **values, "samples": list(map(float, samples))}
+                shown = list(values.values())[:3 if len(samples) > 1 else 1]  # one sample has no spread
+                print_line(f"{name:50}" + "".join(f"{v:11,.0f}" if v >= 1000 else f"{v:11.4g}" for v in shown))
+            if file:
+                write_text(file, json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    parser = options.Parser("bench.py", "[--quick] [--json FILE] [flags of train.py]", __doc__.partition(":")[0] + ".")
+    parser.add_argument("--quick", action="store_true", default=False, help="fewer and smaller measurements")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the results as data")
+    own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    return run_program("bench.py", lambda: run_benchmark(flags, own.quick, own.json))
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_signals()
+    sys.exit(serve_published(*sys.argv[2:]) if sys.argv[1:2] == ["--published"] else main())

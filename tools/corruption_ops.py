@@ -1,22 +1,20 @@
 """The corruptions of CIFAR-10-C (Hendrycks and Dietterich, arXiv 1903.12261) as operations on whole batches.
 
-The constants are those that CIFAR-10-C was made with; they are weaker than ImageNet-C's. An operation takes images
-(N, 3, 32, 32) float32 in [0, 1] on any device, the draws of their block, and the constants of one severity, and returns
-images again. What does not depend on the images (angles, clouds, flakes, drops, shifts) is worked out on the CPU, so
-that every device gets the same; pixelate and JPEG, which Pillow does, are, too.
+An operation takes images (N, 3, 32, 32) float32 in [0, 1] on any device, random numbers, and the constants of one
+severity, which are weaker than ImageNet-C's. Everything that does not depend on the images is computed on the CPU, so
+that it is the same for every device; pixelate and JPEG run in Pillow, also on the CPU.
 
-Given the same random numbers, the original's way (SciPy 1.17, scikit-image 0.26, OpenCV 5.0, ImageMagick 6.9, Pillow)
-gave the same bytes on 300 test images, or bytes 1 apart where a value is nearly whole; 2 in glass blur, which cuts to
-bytes twice; in 2 images of spatter an edge of a drop moved (14); and elastic transform's affine map, in fixed point in
-OpenCV 4.5, moved 1.4 % of the bytes (by up to 5). What does differ from the published files: the random numbers; frost
-is missing, for it needs photographs; spatter without any drop leaves the image as it is, where the original divides by
-zero.
+Checked against the published code (SciPy 1.17, scikit-image 0.26, OpenCV 5.0, ImageMagick 6.9) with the same random
+numbers on 300 test images: pixels are equal or 1 apart, except in glass blur (up to 2), 2 images of spatter (up to 14)
+and elastic transform (1.4 % of the values up to 5 apart, because OpenCV 4.5 uses fixed point). Frost is missing,
+because it needs photographs. Spatter without a drop changes nothing, where the published code divides by zero.
 """
 
 import io
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,229 +22,201 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-SIZE = 32
-BLOCK = 500  # images that share a generator
+from augment import SIZE, reflect
+
+BLOCK = 500  # images that share a random generator
 
 
-class Draws:
-    """Random numbers of one block of images, made on the CPU from a key.
-
-    They are drawn for a whole block and then cut: an image's numbers depend neither on the batch size nor on how many
-    images follow.
-    """
+class BlockRandom:
+    """Generate random numbers for all 500 images of a block, so that they do not depend on how many are used."""
 
     def __init__(self, key: list[int], count: int):
         self.rng = np.random.default_rng(key)
         self.count = count
 
     def normal(self, *shape: int) -> Tensor:
-        """Draw (N, *shape) float32 of mean 0 and deviation 1."""
+        """Return standard normal values (N, *shape) float32."""
         return torch.from_numpy(self.rng.standard_normal((BLOCK, *shape), dtype=np.float32)[:self.count])
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """Draw (N, *shape) float32 in [low, high)."""
+        """Return values (N, *shape) float32 in [low, high)."""
         return low + (high - low) * torch.from_numpy(self.rng.random((BLOCK, *shape), dtype=np.float32)[:self.count])
 
     def poisson(self, rates: Tensor) -> Tensor:
-        """Draw counts, as float32, for rates (N, ...); not cut to size, and so only for the last draw of a block."""
+        """Return Poisson counts for rates (N, ...), as float32. Not a full block, so use it last."""
         return torch.from_numpy(self.rng.poisson(rates.numpy()).astype(np.float32))
 
 
-# --- building stones -------------------------------------------------------------------------------------------------
+# --- building blocks -------------------------------------------------------------------------------------------------
+
+clamp = partial(torch.clamp, min=0, max=SIZE - 1)  # SciPy's border mode "nearest"
 
 
-def cut(x: Tensor) -> Tensor:
-    """Cut values down to whole bytes, as the original does; the thousandth keeps whole ones whole in float32."""
+def truncate(x: Tensor) -> Tensor:
+    """Round down to whole byte values, like the published code's cast; 0.001 absorbs float32 rounding errors."""
     return (x * 255 + 0.001).floor() / 255
 
 
-def nearest(position: Tensor) -> Tensor:
-    """Move positions outside 0 to 31 to the edge."""
-    return position.clamp(0, SIZE - 1)
-
-
-def mirror(position: Tensor) -> Tensor:
-    """Fold positions outside 0 to 31 back in, the edge pixel once (OpenCV's BORDER_REFLECT_101)."""
-    return SIZE - 1 - (SIZE - 1 - position.abs()).abs()
-
-
 def symmetric(position: Tensor) -> Tensor:
-    """Fold positions outside 0 to 31 back in, the edge pixel twice (scipy's "reflect")."""
+    """Reflect positions into 0..31, repeating the edge pixel (SciPy's "reflect"); `reflect` does not repeat it."""
     return torch.where(position < 0, -1 - position, torch.where(position >= SIZE, 2 * SIZE - 1 - position, position))
 
 
-def take(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def gather(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Read pixels of (N, C, 32, 32) at rows and columns, int64, that broadcast to (N, 32, 32)."""
     index = (rows * SIZE + columns).flatten(1).to(x.device)[:, None].expand(-1, x.shape[1], -1)
     return x.flatten(2).gather(2, index).view_as(x)
 
 
-def interpolate(x: Tensor, rows: Tensor, columns: Tensor, fold: Callable[[Tensor], Tensor]) -> Tensor:
-    """Read (N, C, 32, 32) bilinearly at rows and columns (N, 32, 32), float32."""
+def interpolate(x: Tensor, rows: Tensor, columns: Tensor, border: Callable[[Tensor], Tensor]) -> Tensor:
+    """Read (N, C, 32, 32) bilinearly at rows and columns (N, 32, 32) float32."""
     top, left = rows.floor(), columns.floor()
     total = torch.zeros_like(x)
     for down in (0, 1):
         for right in (0, 1):
             weight = (1 - (rows - top - down).abs()) * (1 - (columns - left - right).abs())
-            total += weight[:, None].to(x.device) * take(x, fold(top.long() + down), fold(left.long() + right))
+            total += weight[:, None].to(x.device) * gather(x, border(top.long() + down), border(left.long() + right))
     return total
 
 
-def both_axes(matrix: Tensor, x: Tensor) -> Tensor:
-    """Apply a (32, 32) matrix along the rows and along the columns of (..., 32, 32)."""
+def separable(matrix: Tensor, x: Tensor) -> Tensor:
+    """Apply a (32, 32) matrix along the rows and the columns of (..., 32, 32)."""
     matrix = matrix.to(x.device)
     return matrix @ x @ matrix.T
 
 
-def gaussian(x: Tensor, sigma: float, truncate: float = 4, fold: Callable[[Tensor], Tensor] = nearest) -> Tensor:
-    """Smooth (..., 32, 32) as scipy's gaussian_filter does; a sigma of 0 changes nothing."""
-    steps = torch.arange(-int(truncate * sigma + 0.5), int(truncate * sigma + 0.5) + 1)
+def gaussian(x: Tensor, sigma: float, reach: float = 4, border: Callable[[Tensor], Tensor] = clamp) -> Tensor:
+    """Blur (..., 32, 32) like SciPy's gaussian_filter, up to `reach` standard deviations; sigma may be 0."""
+    steps = torch.arange(-int(reach * sigma + 0.5), int(reach * sigma + 0.5) + 1)
     weights = torch.softmax(-(steps / max(sigma, 0.01)).square() / 2, 0).expand(SIZE, -1)
-    positions = fold(torch.arange(SIZE)[:, None] + steps)
-    return both_axes(torch.zeros(SIZE, SIZE).scatter_add_(1, positions, weights), x)
+    positions = border(torch.arange(SIZE)[:, None] + steps)
+    return separable(torch.zeros(SIZE, SIZE).scatter_add_(1, positions, weights), x)
 
 
 def zoom(x: Tensor, factor: float) -> Tensor:
-    """Enlarge the middle of (..., 32, 32) linearly, as scipy's zoom does with a centred crop."""
+    """Enlarge the center of (..., 32, 32) linearly, like SciPy's zoom of a center crop."""
     crop = math.ceil(SIZE / factor)
     size = round(crop * factor)
     steps = torch.arange(SIZE, dtype=torch.float64)
     positions = (SIZE - crop) // 2 + (steps + (size - SIZE) // 2) * ((crop - 1) / (size - 1))
-    return both_axes((1 - (positions[:, None] - steps).abs()).clamp(min=0).float(), x)
+    return separable((1 - (positions[:, None] - steps).abs()).clamp(min=0).float(), x)
 
 
-def motion(x: Tensor, angle: Tensor, radius: int, sigma: float) -> Tensor:
-    """Smear (N, C, 32, 32) to one side, along an angle per image in degrees, as ImageMagick's motion blur."""
+def directional_blur(x: Tensor, angle: Tensor, radius: int, sigma: float) -> Tensor:
+    """Blur (N, C, 32, 32) to one side, at an angle per image in degrees, like ImageMagick's motion blur."""
     angle = angle.double().deg2rad()
     steps = torch.arange(SIZE)
     total = torch.zeros_like(x)
     for step, weight in enumerate(torch.softmax(-(torch.arange(2 * radius + 1) / sigma).square() / 2, 0).tolist()):
         down, right = ((step * part - 0.5).ceil().long()[:, None] for part in (angle.sin(), angle.cos()))
-        total += weight * take(x, nearest(steps + down)[:, :, None], nearest(steps + right)[:, None, :])
-    return cut(total)
+        total += weight * gather(x, clamp(steps + down)[:, :, None], clamp(steps + right)[:, None, :])
+    return truncate(total)
 
 
-# --- noise -----------------------------------------------------------------------------------------------------------
+# --- corruptions -----------------------------------------------------------------------------------------------------
 
 
-def gaussian_noise(x: Tensor, draws: Draws, scale: float) -> Tensor:
-    """Add noise of one deviation."""
-    return x + scale * draws.normal(*x.shape[1:]).to(x.device)
+def gaussian_noise(x: Tensor, rng: BlockRandom, scale: float) -> Tensor:
+    return x + scale * rng.normal(*x.shape[1:]).to(x.device)
 
 
-def shot_noise(x: Tensor, draws: Draws, photons: int) -> Tensor:
-    """Count photons, of which white has so many."""
-    return (draws.poisson(x.cpu() * photons) / photons).to(x.device)
+def shot_noise(x: Tensor, rng: BlockRandom, photons: int) -> Tensor:
+    """Replace values by Poisson counts; `photons` is the mean count of white."""
+    return (rng.poisson(x.cpu() * photons) / photons).to(x.device)
 
 
-def impulse_noise(x: Tensor, draws: Draws, amount: float) -> Tensor:
-    """Set single values to white or black, half of the amount each."""
-    chance = draws.uniform(0, 1, *x.shape[1:]).to(x.device)
+def impulse_noise(x: Tensor, rng: BlockRandom, amount: float) -> Tensor:
+    """Set single values to 1 or 0 (salt and pepper), each with probability amount / 2."""
+    chance = rng.uniform(0, 1, *x.shape[1:]).to(x.device)
     return x.masked_fill(chance < amount, 0).masked_fill(chance < amount / 2, 1)
 
 
-def speckle_noise(x: Tensor, draws: Draws, scale: float) -> Tensor:
-    """Add noise that grows with the value."""
-    return x + x * scale * draws.normal(*x.shape[1:]).to(x.device)
+def speckle_noise(x: Tensor, rng: BlockRandom, scale: float) -> Tensor:
+    return x + x * scale * rng.normal(*x.shape[1:]).to(x.device)
 
 
-# --- blur ------------------------------------------------------------------------------------------------------------
-
-
-def gaussian_blur(x: Tensor, draws: Draws, sigma: float) -> Tensor:
-    """Smooth; nothing is drawn."""
+def gaussian_blur(x: Tensor, rng: BlockRandom, sigma: float) -> Tensor:
     return gaussian(x, sigma)
 
 
-def defocus_blur(x: Tensor, draws: Draws, radius: float, sigma: float) -> Tensor:
-    """Spread every pixel over a disk, the edge of which is smoothed by a 3x3 filter."""
+def defocus_blur(x: Tensor, rng: BlockRandom, radius: float, sigma: float) -> Tensor:
+    """Convolve with a disk that was blurred by a 3x3 Gaussian."""
     steps = torch.arange(-2, 3)
-    disk = (steps[:, None].square() + steps.square() <= radius ** 2).float()  # at most 3x3, and so 5x5 when smoothed
+    disk = (steps[:, None].square() + steps.square() <= radius ** 2).float()  # at most 3x3, so 5x5 after the blur
     edge = torch.softmax(-(torch.arange(-1, 2) / sigma).square() / 2, 0)
     kernel = F.conv2d((disk / disk.sum())[None, None], edge.outer(edge)[None, None], padding=1)[0, 0].tolist()
     padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
-    # no convolution of the images: on CUDA it would run in TF32
+    # not conv2d, which uses TF32 on CUDA
     return sum(kernel[i][j] * padded[:, :, i:i + SIZE, j:j + SIZE] for i in range(5) for j in range(5) if kernel[i][j])
 
 
-def glass_blur(x: Tensor, draws: Draws, sigma: float, times: int) -> Tensor:
-    """Smooth, move pixels by at most one, smooth.
+def glass_blur(x: Tensor, rng: BlockRandom, sigma: float, times: int) -> Tensor:
+    """Blur, move pixels by at most one, and blur again.
 
-    The original sets out to exchange neighbours, but its assignment between array views copies: each pixel takes the
-    value of the one above, to the left, or both, which its scan from the lower right has not yet touched.
+    The published code is meant to swap neighbors, but its assignment between array views copies: each pixel takes the
+    value above it, to its left, or both, which the scan from the lower right has not changed yet.
     """
-    x = cut(gaussian(x, sigma))
+    x = truncate(gaussian(x, sigma))
     steps = torch.arange(SIZE)
     inner = (steps >= 2)[:, None] & (steps >= 2)
     for _ in range(times):
-        back = ((draws.uniform(0, 1, 2, SIZE, SIZE) < 0.5) & inner).long()
-        x = take(x, steps[:, None] - back[:, 0], steps - back[:, 1])
+        back = ((rng.uniform(0, 1, 2, SIZE, SIZE) < 0.5) & inner).long()
+        x = gather(x, steps[:, None] - back[:, 0], steps - back[:, 1])
     return gaussian(x, sigma)
 
 
-def motion_blur(x: Tensor, draws: Draws, radius: int, sigma: float) -> Tensor:
-    """Smear in a random direction."""
-    return motion(x, draws.uniform(-45, 45), radius, sigma)
+def motion_blur(x: Tensor, rng: BlockRandom, radius: int, sigma: float) -> Tensor:
+    return directional_blur(x, rng.uniform(-45, 45), radius, sigma)
 
 
-def zoom_blur(x: Tensor, draws: Draws, end: float) -> Tensor:
-    """Average over growing enlargements."""
-    factors = np.arange(1, end, 0.01)  # as in the original: rounding decides whether the end itself is in
+def zoom_blur(x: Tensor, rng: BlockRandom, end: float) -> Tensor:
+    """Average the image and its enlargements by 1 up to `end`."""
+    factors = np.arange(1, end, 0.01)  # as published; rounding decides whether `end` is included
     return (x + sum(zoom(x, factor) for factor in factors)) / (len(factors) + 1)
 
 
-# --- weather ---------------------------------------------------------------------------------------------------------
-
-
-def clouds(draws: Draws, decay: float) -> Tensor:
-    """Make (N, 32, 32) clouds from 0 to 1 by the diamond-square algorithm on a torus."""
-    height = torch.zeros(draws.count, SIZE, SIZE)
+def plasma_fractal(rng: BlockRandom, decay: float) -> Tensor:
+    """Make clouds (N, 32, 32) in [0, 1] by the diamond-square algorithm with wrap-around."""
+    height = torch.zeros(rng.count, SIZE, SIZE)
     step, wibble = SIZE, 100.0
     while step >= 2:
         half, cells = step // 2, SIZE // step
-        noise = [wibble * draws.uniform(-wibble, wibble, cells, cells) for _ in range(3)]
+        noise = [wibble * rng.uniform(-wibble, wibble, cells, cells) for _ in range(3)]
         corners = height[:, ::step, ::step]
         pairs = corners + corners.roll(-1, 1)
-        centres = (pairs + pairs.roll(-1, 2)) / 4 + noise[0]
-        height[:, half::step, half::step] = centres
-        height[:, ::step, half::step] = (centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)) / 4 + noise[1]
-        height[:, half::step, ::step] = (centres + centres.roll(1, 2) + pairs) / 4 + noise[2]
+        centers = (pairs + pairs.roll(-1, 2)) / 4 + noise[0]
+        height[:, half::step, half::step] = centers
+        height[:, ::step, half::step] = (centers + centers.roll(1, 1) + corners + corners.roll(-1, 2)) / 4 + noise[1]
+        height[:, half::step, ::step] = (centers + centers.roll(1, 2) + pairs) / 4 + noise[2]
         step, wibble = half, wibble / decay
     height -= height.amin((1, 2), keepdim=True)
     return height / height.amax((1, 2), keepdim=True)
 
 
-def fog(x: Tensor, draws: Draws, amount: float, decay: float) -> Tensor:
-    """Add clouds, and scale back to the image's own maximum."""
+def fog(x: Tensor, rng: BlockRandom, amount: float, decay: float) -> Tensor:
+    """Add clouds, then scale back to the image's own maximum."""
     highest = x.amax((1, 2, 3), keepdim=True)
-    return (x + amount * clouds(draws, decay)[:, None].to(x.device)) * highest / (highest + amount)
+    return (x + amount * plasma_fractal(rng, decay)[:, None].to(x.device)) * highest / (highest + amount)
 
 
-def snow(x: Tensor, draws: Draws, mean: float, scale: float, factor: float, threshold: float, radius: int,
+def snow(x: Tensor, rng: BlockRandom, mean: float, scale: float, factor: float, threshold: float, radius: int,
          sigma: float, keep: float) -> Tensor:
-    """Whiten the image, and lay smeared flakes over it, once more turned by 180 degrees."""
-    flakes = zoom(mean + scale * draws.normal(1, SIZE, SIZE), factor)
-    flakes = cut(flakes.masked_fill(flakes < threshold, 0).clamp(max=1))
-    flakes = motion(flakes, draws.uniform(-135, -45), radius, sigma).to(x.device)
+    """Whiten the image, then add motion-blurred flakes and the same flakes rotated by 180 degrees."""
+    flakes = zoom(mean + scale * rng.normal(1, SIZE, SIZE), factor)
+    flakes = truncate(flakes.masked_fill(flakes < threshold, 0).clamp(max=1))
+    flakes = directional_blur(flakes, rng.uniform(-135, -45), radius, sigma).to(x.device)
     red, green, blue = x.split(1, dim=1)
     white = torch.maximum(x, (0.299 * red + 0.587 * green + 0.114 * blue) * 1.5 + 0.5)
     return keep * x + (1 - keep) * white + flakes + flakes.flip(2, 3)
 
 
 def windows(x: Tensor, mode: str) -> Tensor:
-    """Return the 3x3 surroundings (N, 32, 32, 3, 3) of the pixels of (N, 32, 32)."""
+    """Return the 3x3 neighborhood (N, 32, 32, 3, 3) of each pixel of (N, 32, 32)."""
     return F.pad(x[:, None], (1, 1, 1, 1), mode=mode)[:, 0].unfold(1, 3, 1).unfold(2, 3, 1)
 
 
-def until_stable(x: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a step until nothing changes."""
-    while not torch.equal(x, after := step(x)):
-        x = after
-    return x
-
-
-def find_edges(x: Tensor, low: float, high: float) -> Tensor:
-    """Find the edges of bytes (N, 32, 32), float32, as OpenCV's Canny does by default; True on an edge."""
+def canny(x: Tensor, low: float, high: float) -> Tensor:
+    """Find edges of byte values (N, 32, 32) float32 like OpenCV's Canny; returns bool."""
     sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
     right, down = ((windows(x, "replicate") * kernel).sum((3, 4)) for kernel in (sobel, sobel.T))
     size = right.abs() + down.abs()
@@ -259,68 +229,65 @@ def find_edges(x: Tensor, low: float, high: float) -> Tensor:
     ridge = torch.where(down.abs() > (slope + 2) * right.abs(), upright, ridge)
     level = (size > near[..., 1, 0]) & (size >= near[..., 1, 2])
     ridge = torch.where(down.abs() < slope * right.abs(), level, ridge) & (size > low)
-    strong = (ridge & (size > high)).float()
-    return until_stable(strong, lambda edges: F.max_pool2d(edges, 3, 1, 1) * ridge) > 0
+    edges = (ridge & (size > high)).float()
+    while not torch.equal(edges, grown := F.max_pool2d(edges, 3, 1, 1) * ridge):
+        edges = grown
+    return edges > 0
 
 
 def edge_distance(edges: Tensor) -> Tensor:
     """Return each pixel's distance to the nearest edge in OpenCV's 5x5 chamfer metric, at most 20."""
     costs = {1: 1.0, 2: 1.4, 5: 2.1969}  # of a step, by its squared length
     steps = [(i, j, costs[i * i + j * j]) for i in range(-2, 3) for j in range(-2, 3) if i * i + j * j in costs]
-
-    def relax(distance: Tensor) -> Tensor:
-        padded = F.pad(distance, (2, 2, 2, 2), value=20)
+    distance, before = torch.where(edges, 0.0, 20.0), torch.empty(0)
+    while not torch.equal(distance, before):
+        before, padded = distance, F.pad(distance, (2, 2, 2, 2), value=20)
         for i, j, cost in steps:
             distance = torch.minimum(distance, padded[:, 2 + i:2 + i + SIZE, 2 + j:2 + j + SIZE] + cost)
-        return distance
-
-    return until_stable(torch.where(edges, 0.0, 20.0), relax)
+    return distance
 
 
 def equalize(x: Tensor) -> Tensor:
-    """Spread the levels of bytes (N, 32, 32), float32, over 0 to 255, as OpenCV's equalizeHist."""
+    """Equalize the histogram of byte values (N, 32, 32) float32 like OpenCV's equalizeHist."""
     index = x.long().flatten(1)
     counts = torch.zeros(len(index), 256).scatter_add_(1, index, torch.ones(index.shape))
     lowest = counts.gather(1, index.amin(1, keepdim=True))
     table = ((counts.cumsum(1) - lowest) * (255 / (SIZE * SIZE - lowest))).round()
-    table = torch.where(lowest == SIZE * SIZE, torch.arange(256), table)  # a single level stays what it is
+    table = torch.where(lowest == SIZE * SIZE, torch.arange(256), table)  # a constant image stays as it is
     return table.gather(1, index).view_as(x)
 
 
 def water(drops: Tensor) -> Tensor:
-    """Turn drops (N, 32, 32), bytes as float32, into opacities up to 1 that shine at one side of the edges."""
-    relief = equalize(windows(edge_distance(find_edges(drops, 50, 150)), "reflect").mean((3, 4)).floor())
-    light = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]])
-    relief = (windows(relief, "reflect") * light).sum((3, 4)).clamp(0, 255)
-    layer = drops * windows(relief, "reflect").mean((3, 4)).round()
-    return layer / layer.amax((1, 2), keepdim=True).clamp(min=1)
+    """Turn drops (N, 32, 32), byte values in float32, into opacities up to 1 with highlights along the edges."""
+    relief = equalize(windows(edge_distance(canny(drops, 50, 150)), "reflect").mean((3, 4)).floor())
+    emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]])
+    relief = (windows(relief, "reflect") * emboss).sum((3, 4)).clamp(0, 255)
+    opacity = drops * windows(relief, "reflect").mean((3, 4)).round()
+    return opacity / opacity.amax((1, 2), keepdim=True).clamp(min=1)
 
 
-def spatter(x: Tensor, draws: Draws, mean: float, scale: float, sigma: float, threshold: float, amount: float,
+def spatter(x: Tensor, rng: BlockRandom, mean: float, scale: float, sigma: float, threshold: float, amount: float,
             mud: bool) -> Tensor:
-    """Splash pale turquoise water (added) or brown mud (opaque) over the image."""
-    drops = gaussian(mean + scale * draws.normal(SIZE, SIZE), sigma)
+    """Add pale turquoise water, or cover with brown mud."""
+    drops = gaussian(mean + scale * rng.normal(SIZE, SIZE), sigma)
     color = torch.tensor([63, 42, 20] if mud else [175, 238, 238]).view(3, 1, 1).to(x.device) / 255
     if mud:
         opacity = gaussian((drops > threshold).float(), amount)
         opacity = opacity.masked_fill(opacity < 0.8, 0)[:, None].to(x.device)
         return x * (1 - opacity) + opacity * color
-    drops = cut(drops.masked_fill(drops < threshold, 0)) * 255 % 256  # a byte wraps around, as in the original
+    drops = truncate(drops.masked_fill(drops < threshold, 0)) * 255 % 256  # bytes wrap around, as published
     return x + amount * water(drops)[:, None].to(x.device) * color
 
 
-# --- colour ----------------------------------------------------------------------------------------------------------
-
-
-def brightness(x: Tensor, draws: Draws, amount: float) -> Tensor:
-    """Raise V of HSV, at the same hue and saturation."""
+def brightness(x: Tensor, rng: BlockRandom, amount: float) -> Tensor:
+    """Raise V of HSV."""
     value = x.amax(1, keepdim=True)
     raised = (value + amount).clamp(max=1)
     return torch.where(value > 0, x * (raised / value), raised)
 
 
-def saturate(x: Tensor, draws: Draws, factor: float, offset: float) -> Tensor:
-    """Change S of HSV, at the same hue and value; grey counts as red, since its hue is 0."""
+def saturate(x: Tensor, rng: BlockRandom, factor: float, offset: float) -> Tensor:
+    """Change S of HSV; gray counts as red, because its hue is 0."""
     value, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     red = torch.tensor([0.0, 1.0, 1.0], device=x.device).view(3, 1, 1)
     distance = torch.where(value > lowest, (value - x) / (value - lowest), red)  # 0 for the largest channel
@@ -328,54 +295,45 @@ def saturate(x: Tensor, draws: Draws, factor: float, offset: float) -> Tensor:
     return value * (1 - (saturation * factor + offset).clamp(0, 1) * distance)
 
 
-def contrast(x: Tensor, draws: Draws, factor: float) -> Tensor:
-    """Move every channel towards its mean."""
+def contrast(x: Tensor, rng: BlockRandom, factor: float) -> Tensor:
     mean = x.mean((2, 3), keepdim=True)
     return (x - mean) * factor + mean
 
 
-# --- digital ---------------------------------------------------------------------------------------------------------
-
-
-def elastic_transform(x: Tensor, draws: Draws, amplitude: float, sigma: float, shift: float) -> Tensor:
-    """Move three points at random by an affine map, then all pixels by a smooth field; lengths in image widths."""
+def elastic_transform(x: Tensor, rng: BlockRandom, amplitude: float, sigma: float, shift: float) -> Tensor:
+    """Apply a random affine map, then a smooth displacement field; all lengths in image widths."""
     points = torch.tensor([[26.0, 26], [26, 6], [6, 6]], dtype=torch.float64)  # x, y
-    moved = points + SIZE * draws.uniform(-shift, shift, 3, 2)
-    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1), points.expand_as(moved))  # (N, 3, 2), target to source
+    moved = points + SIZE * rng.uniform(-shift, shift, 3, 2)
+    inverse = torch.linalg.solve(F.pad(moved, (0, 1), value=1), points.expand_as(moved))  # (N, 3, 2)
     rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    source = torch.stack([columns, rows, torch.ones_like(rows)], -1).double() @ back[:, None]  # (N, 32, 32, 2)
-    source = ((source * 32).round() / 32).float()  # OpenCV works in 32nds of a pixel
-    x = interpolate(x, source[..., 1], source[..., 0], mirror)
-    right, down = (gaussian(draws.uniform(-1, 1, SIZE, SIZE), sigma * SIZE, 3, symmetric) for _ in range(2))
+    source = torch.stack([columns, rows, torch.ones_like(rows)], -1).double() @ inverse[:, None]  # (N, 32, 32, 2)
+    source = ((source * 32).round() / 32).float()  # OpenCV works in 1/32 pixel
+    x = interpolate(x, source[..., 1], source[..., 0], reflect)
+    right, down = (gaussian(rng.uniform(-1, 1, SIZE, SIZE), sigma * SIZE, 3, symmetric) for _ in range(2))
     return interpolate(x, rows + amplitude * SIZE * down, columns + amplitude * SIZE * right, symmetric)
 
 
-def by_pillow(x: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Change image by image with Pillow, as the original does."""
+def with_pillow(x: Tensor, function: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Apply a Pillow function image by image."""
     images = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    changed = np.stack([np.asarray(change(Image.fromarray(image))) for image in images])
+    changed = np.stack([np.asarray(function(Image.fromarray(image))) for image in images])
     return torch.from_numpy(changed).to(x.device).permute(0, 3, 1, 2) / 255
 
 
-def pixelate(x: Tensor, draws: Draws, factor: float) -> Tensor:
-    """Shrink and enlarge again."""
-    small = int(SIZE * factor)
-    return by_pillow(x, lambda image: image.resize((small, small), Image.Resampling.BOX).resize(
-        (SIZE, SIZE), Image.Resampling.BOX))
+def pixelate(x: Tensor, rng: BlockRandom, factor: float) -> Tensor:
+    small, box = int(SIZE * factor), Image.Resampling.BOX
+    return with_pillow(x, lambda image: image.resize((small, small), box).resize((SIZE, SIZE), box))
 
 
-def jpeg_compression(x: Tensor, draws: Draws, quality: int) -> Tensor:
-    """Code as JPEG, and decode."""
-    def recode(image: Image.Image) -> Image.Image:
+def jpeg_compression(x: Tensor, rng: BlockRandom, quality: int) -> Tensor:
+    def compress(image: Image.Image) -> Image.Image:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=quality)
         return Image.open(file)
-    return by_pillow(x, recode)
+    return with_pillow(x, compress)
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
-
-# The five severities' constants. CIFAR-10-C's mean is taken over the first group and frost.
+# The constants of the five severities. CIFAR-10-C's mean covers the first group and frost.
 MAIN = {
     gaussian_noise: ((0.04,), (0.06,), (0.08,), (0.09,), (0.10,)),
     shot_noise: ((500,), (250,), (100,), (75,), (50,)),
@@ -403,21 +361,11 @@ EXTRA = {
 
 
 def corrupt(images: Tensor, operation: Callable[..., Tensor], severity: int, seed: int = 0) -> Tensor:
-    """Corrupt images, the first of which is the first of its data set.
-
-    Args:
-        images: (N, 32, 32, 3) uint8.
-        operation: A key of MAIN or EXTRA.
-        severity: 1 to 5.
-        seed: Other seeds give other noise, angles and clouds.
-
-    Returns:
-        (N, 32, 32, 3) uint8 on the same device.
-    """
+    """Corrupt images (N, 32, 32, 3) uint8, from the first of the data set on, at a severity of 1 to 5."""
     constants, name = (MAIN | EXTRA)[operation][severity - 1], zlib.crc32(operation.__name__.encode())
-    done = []
-    for block, part in enumerate(images.split(BLOCK)):
-        draws = Draws([seed, name, severity, block], len(part))
-        x = operation(part.permute(0, 3, 1, 2).float() / 255, draws, *constants)
-        done.append((cut(x.clamp(0, 1)) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-    return torch.cat(done)
+    corrupted = []
+    for block, chunk in enumerate(images.split(BLOCK)):
+        rng = BlockRandom([seed, name, severity, block], len(chunk))
+        x = operation(chunk.permute(0, 3, 1, 2).float() / 255, rng, *constants)
+        corrupted.append((truncate(x.clamp(0, 1)) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.cat(corrupted)

@@ -1,0 +1,311 @@
+"""Checkpoints and the run folder."""
+
+import copy
+import errno
+import io
+import json
+import os
+import time
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distributed import World
+from hardware import get_rng_state, set_rng_state
+from optim import build_optimizer, build_scheduler
+from options import saved_args
+from utils import RunError, UserError, warn, write_atomically, write_text
+
+VERSION = 2
+COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
+           "test_accuracy", "seconds", "images_per_second")
+# What a run writes. Removed in this order, so that a kill in between leaves a run that can continue, or none.
+RUN_FILES = ("args.json", "results.json", "diverged.txt", "curves.png", "confusion.png", "mistakes.png",
+             "metrics.csv", "best.pt", "previous.pt", "last.pt")
+# The published code stores a numpy.int64 in its checkpoints; NumPy 1 writes the first of these names, NumPy 2 the
+# other.
+NUMPY_SCALARS = [(np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar, name)
+                 for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")]
+NUMPY_SCALARS += [np.dtype, *(type(np.dtype(name)) for name in "b1 i4 i8 f4 f8".split())]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(content: dict[str, Any], path: Path, backup: Path | None = None) -> None:
+    """Write a checkpoint atomically, keeping the one before as `backup`; OSError leaves the older files intact."""
+    buffer = io.BytesIO()  # so that a full disk is an OSError, not an error of torch's own writer
+    torch.save({"version": VERSION, **content}, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()), backup)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this program or of the published code, onto the CPU, without running code from it.
+
+    Returns:
+        At least "model" (weights with plain keys, never `module.` or `_orig_mod.`) and "args" (settings).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} not found; expected a file such as checkpoints/se-resnet/best.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            if any(entry.external_attr & 16 for entry in archive.infolist()):  # of these torch.load reads nothing
+                raise ValueError("a record is marked as a folder")
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "net" in checkpoint and "model" not in checkpoint:
+            checkpoint = {"model": checkpoint["net"], "args": {}}  # published code: always the default network
+        for name in ("model", "ema"):
+            if checkpoint.get(name) is not None:
+                checkpoint[name] = {key.removeprefix("module.").removeprefix("_orig_mod."): value
+                                    for key, value in checkpoint[name].items()}
+        version, _ = checkpoint.get("version", VERSION), checkpoint["args"].keys() | checkpoint["model"].keys()
+    except Exception as error:  # zipfile and torch raise a dozen types for damaged files, a foreign one lacks the keys
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}: {reason:.100}"
+                        ")") from error
+    if version != VERSION:
+        raise UserError(f"checkpoint {path} has version {version}, expected {VERSION}; use the release of this program "
+                        "that wrote it")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Load weights into a network; a different architecture is an error that names the first difference."""
+    expected = model.state_dict()
+    for name in [*expected, *weights]:
+        found, wanted = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, expected))
+        if found != wanted:
+            raise UserError(f"{path} has another architecture: {name} is {found}, expected {wanted}; give the model "
+                            "flags that it was trained with")
+    model.load_state_dict(weights)
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """Return whether no tensor holds an infinity or NaN; synchronizes with the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
+# --- the state of a run ----------------------------------------------------------------------------------------------
+
+
+class TrainState:
+    """Everything that changes during a run, which is what a checkpoint holds."""
+
+    def __init__(self, args: Namespace, model: nn.Module, steps_per_epoch: int, precision: str):
+        self.steps_per_epoch, self.device = steps_per_epoch, next(model.parameters()).device
+        self.model = model
+        self.ema_model = copy.deepcopy(model) if args.ema else None
+        self.optimizer = build_optimizer(args.optimizer, model.parameters(), args.lr, args.momentum, args.nesterov,
+                                         args.weight_decay)
+        self.scheduler = build_scheduler(self.optimizer, args.scheduler, steps_per_epoch, args.epochs,
+                                         args.warmup_epochs)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # creates its tensors; the first step may have no image
+        self.epoch = self.step = 0  # finished epochs, and finished steps of the current one
+        self.totals = self.zero_totals()
+        self.seconds = 0.0  # of training in the current epoch
+        self.lr = self.scheduler.get_last_lr()[0]  # of the last step
+        self.history: list[dict[str, Any]] = []  # rows of metrics.csv
+        self.best: dict[str, Any] | None = None  # epoch and accuracy of best.pt
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The network that is evaluated and goes into best.pt: the averaged weights, with `--ema`."""
+        return self.ema_model or self.model
+
+    def zero_totals(self) -> Tensor:
+        """Return zero running sums of loss and correct predictions, (2,); float64 where the device has it."""
+        return torch.zeros(2, device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """Return the content of a checkpoint; every rank must call it."""
+        return {"model": self.model.state_dict(), "ema": self.ema_model and self.ema_model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step, "best": self.best,
+                "history": self.history, "seconds": self.seconds, "lr": self.lr,
+                "totals": world.gather(self.totals.cpu()), "rng": world.gather(get_rng_state(self.device))}
+
+    def load_state_dict(self, saved: dict[str, Any], world: World, path: Path) -> None:
+        """Continue from the content of a checkpoint; one that does not fit this run is a UserError."""
+        load_weights(self.model, saved["model"], path)
+        try:
+            if self.ema_model:
+                load_weights(self.ema_model, saved["ema"], path)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            if saved["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(saved["scaler"])
+            self.epoch, self.step, self.history = saved["epoch"], saved["step"], list(saved["history"])
+            self.best, self.seconds, self.lr = saved["best"], saved["seconds"], saved["lr"]
+            if len(saved["totals"]) == world.size:
+                self.totals.copy_(saved["totals"][world.rank])
+            elif world.is_main:
+                self.totals.copy_(torch.stack(saved["totals"]).sum(0))
+            set_rng_state(saved["rng"][world.rank % len(saved["rng"])], self.device)
+            if self.scheduler.last_epoch != self.epoch * self.steps_per_epoch + self.step:
+                raise ValueError(f"its epochs have another number of steps than {self.steps_per_epoch}; has the data "
+                                 "set changed?")
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {path} does not fit this run ({type(error).__name__}: {error!s:.150})"
+                            ) from error
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """The files of one run, and a lock that ends with its process."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.last, self.previous, self.best = (self.path / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.pending_best: dict[str, Any] | None = None  # content of best.pt, to be written by the next save
+        self.saved_at = time.monotonic()
+        self._last_is_intact = True  # otherwise the next save must not turn it into previous.pt
+        self._lock = None
+
+    def holds_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint to resume from."""
+        return any(os.path.exists(path) for path in (self.last, self.previous))  # False also for impossible names
+
+    def refuse_overwriting(self, args: Namespace) -> None:
+        """Refuse to start a new run where there is one, unless `--overwrite` is given."""
+        # best.pt alone is left by a run that was killed in its first save: --resume auto starts it again
+        names = ["last.pt", "previous.pt", "metrics.csv", "results.json"] + ([] if args.resume else ["best.pt"])
+        if not args.overwrite and any(os.path.exists(self.path / name) for name in names):
+            raise UserError(f"{self.path} holds a run; continue it with --resume, replace it with --overwrite, or "
+                            "choose another --output-dir")
+
+    def lock(self) -> None:
+        """Create the folder, lock it, and remove the temporary files of a killed run."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path} ({error.strerror}); choose another "
+                            "--output-dir") from error
+        try:
+            _lock_file(self._lock.fileno())
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self.close()
+                raise UserError(f"the run folder {self.path} is in use by another process; wait for it, or choose "
+                                "another --output-dir") from error
+            warn(f"{self.path} is on a file system without locks ({error.strerror}); do not start a second run in it")
+        for name in RUN_FILES:
+            for temporary in self.path.glob(f".{name}.*.tmp"):
+                temporary.unlink()
+
+    def close(self) -> None:
+        """Release the lock; the end of the process, whatever its reason, releases it too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def create(self, args: Namespace) -> None:
+        """Lock the folder for a new run and remove the files that `--overwrite` replaces, and only those."""
+        self.lock()
+        self.refuse_overwriting(args)  # again: another run may have started while the data were read
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
+
+    def load(self, file: Path | None = None) -> dict[str, Any]:
+        """Read the newest intact checkpoint: `file`, or last.pt, or if that is damaged previous.pt."""
+        paths = [file] if file is not None else [path for path in (self.last, self.previous) if path.exists()]
+        if not paths:
+            raise UserError(f"--resume: no run in {self.path}; use --resume auto to start one")
+        errors = []
+        for path in paths:
+            try:
+                checkpoint = load_checkpoint(path)
+                if "optimizer" not in checkpoint:
+                    raise UserError(f"{path} holds weights only and cannot be resumed; use --init-from")
+            except UserError as error:
+                errors.append(str(error))
+                continue
+            if errors:
+                warn(f"{errors[0]}; continuing from {path}")
+            self._last_is_intact = path.name == self.last.name
+            self._reconcile_best(checkpoint)
+            return checkpoint
+        raise UserError("; ".join(errors))
+
+    def _reconcile_best(self, checkpoint: dict[str, Any]) -> None:
+        """Forget the best epoch of a checkpoint if best.pt is not of that epoch.
+
+        best.pt is written before last.pt. After a kill between the two it is of an epoch that will be repeated.
+        """
+        if checkpoint.get("best") is None:
+            return
+        try:
+            found, expected = load_checkpoint(self.best)["epoch"], checkpoint["best"]["epoch"]
+            if found != expected:
+                raise UserError(f"{self.best} is of epoch {found}, expected {expected}")
+        except (UserError, KeyError) as error:
+            warn(f"{error}; the best epoch is selected among the coming ones")
+            checkpoint["best"] = None
+
+    def save(self, content: dict[str, Any]) -> None:
+        """Write best.pt if there is a new one, last.pt and metrics.csv; OSError leaves the older files intact."""
+        self.saved_at = time.monotonic()
+        if self.pending_best is not None:  # before last.pt, which names its epoch
+            save_checkpoint(self.pending_best, self.best)
+        save_checkpoint(content, self.last, self.previous if self._last_is_intact else None)
+        self._last_is_intact, self.pending_best = True, None
+        write_text(self.path / "metrics.csv", format_metrics(content["history"]))
+
+
+def _lock_file(descriptor: int) -> None:
+    # Record locks, not flock: a forked loader worker must not inherit the lock of its killed parent.
+    if os.name == "nt":
+        import msvcrt
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def format_metrics(history: list[dict[str, Any]]) -> str:
+    """Write the rows of metrics.csv."""
+    def cell(value: Any) -> str:
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    rows = [COLUMNS, *([cell(row[name]) for name in COLUMNS] for row in history)]
+    return "".join(",".join(row) + "\n" for row in rows)
+
+
+def find_run(args: Namespace) -> tuple[RunFolder, Path | None]:
+    """Turn `--output-dir` and `--resume` into a run folder, and the file in it to resume from if one is named."""
+    if args.resume in (None, "auto", "last"):
+        return RunFolder(args.output_dir), None
+    path = Path(args.resume)
+    if path.is_dir():
+        return RunFolder(path), None
+    if not path.exists() or path.name not in ("last.pt", "previous.pt"):
+        raise UserError(f"--resume {path}: not a run folder, nor last.pt or previous.pt in one; to start from the "
+                        "weights of another file use --init-from")
+    return RunFolder(path.parent), path
+
+
+def open_run(folder: RunFolder, file: Path | None, args: Namespace) -> dict[str, Any] | None:
+    """Lock the run to continue and read its checkpoint; None starts a new run. Rank 0 calls it."""
+    if args.resume is None or (args.resume == "auto" and not folder.holds_checkpoint()):
+        folder.refuse_overwriting(args)
+        return None
+    if folder.holds_checkpoint() or (folder.path / ".lock").exists():  # leave no lock where there is no run
+        folder.lock()
+    diverged = folder.path / "diverged.txt"
+    if diverged.exists():
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise RunError(f"not restarted: {diverged.read_text().strip()}")  # it would only diverge again
+        diverged.unlink()  # it must not stop a later restart for another reason
+    return folder.load(file)

@@ -1,0 +1,314 @@
+"""Read, write and download CIFAR-10's batch files (https://www.cs.toronto.edu/~kriz/cifar.html).
+
+A batch file is a pickle, and a pickle can run any program. These functions treat the files as untrusted: they check
+the opcodes before unpickling, import and call nothing that a file names, and build arrays from checked bytes.
+
+Raises:
+    UserError: A file or a download is not as expected.
+"""
+
+import functools
+import hashlib
+import http.client
+import io
+import math
+import os
+import pickle
+import pickletools
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.request
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import UserError, warn, write_atomically
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FOLDER = "cifar-10-batches-py"
+TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+TEST_FILES = ("test_batch",)
+META_FILE = "batches.meta"
+ARCHIVE = "cifar-10-python.tar.gz"
+URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
+MD5 = "c58f30108f718f92721af3b95e74349a"
+TIMEOUT = 30  # seconds without data
+PAUSES = (1, 2, 4)  # seconds before each retry
+
+MAX_BYTES = 128 * 2**20  # per file; the official ones have 31 MB
+MAX_OPCODES = 500_000  # per file; the official ones have 30,000
+MAX_TUPLES = 64  # per file, besides the arguments of calls; an array takes two
+GLOBALS = frozenset({
+    ("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes"), ("numpy", "ndarray"), ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),  # NumPy 1, NumPy 2
+    ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer")})
+OPCODES = frozenset("""PROTO FRAME STOP MARK BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT
+    BININT1 BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BYTEARRAY8 BINUNICODE
+    SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    GLOBAL STACK_GLOBAL REDUCE BUILD""".split())
+DTYPES = {code: np.dtype(name) for name in "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()
+          for code in (name, name.encode())}
+
+
+@dataclass(eq=False)
+class _Inert:
+    """Stand-in for a global that a batch file names, or for a dtype or array that it builds."""
+
+    name: str
+    value: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Return what the arguments (opcode REDUCE) or the state (opcode BUILD) give in batch files."""
+        match self.name, self.value, args:
+            case "dtype", _, (code, 0, 1) if code in DTYPES:
+                return _Inert("a dtype", DTYPES[code])
+            case "a dtype", dtype, (3, order, None, None, None, -1, -1, 0) if order in (*"<>|", b"<", b">", b"|"):
+                return _Inert("a dtype", dtype.newbyteorder(order))
+            case "scalar", _, (_Inert("a dtype", dtype), buffer):
+                return _array(buffer, dtype, ()).item()
+            case "_reconstruct", _, (_Inert("ndarray"), (0,), b"b"):
+                return _Inert("an array")
+            case "an array", None, (1, shape, _Inert("a dtype", dtype), 0 | 1 as fortran, buffer):
+                return _Inert("an array", _array(buffer, dtype, shape, "F" if fortran else "C"))
+            case "_frombuffer", _, (buffer, _Inert("a dtype", dtype), shape, "C" | "F" as order):
+                return _Inert("an array", _array(buffer, dtype, shape, order))
+            case "_frombuffer", _, (buffer, _Inert("a dtype", dtype), shape, "K", axes):  # NumPy 2.3 or newer
+                return _Inert("an array", _array(buffer, dtype, shape).transpose(axes))
+            case "encode", encode, (str() as text, "latin1"):
+                return encode(text)
+            case "bytes", _, ():
+                return b""
+        raise UserError(f"arguments of {self.name} that batch files do not have")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.value = self(*state[:8]).value  # no state has more items; a long text must not become so many arguments
+
+
+def _array(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+    """Return an array over bytes whose number must match the shape and dtype."""
+    valid = type(buffer) in (bytes, bytearray) and type(shape) is tuple and len(shape) <= 4
+    valid = valid and all(type(size) is int and size >= 0 for size in shape)
+    if not valid or math.prod(shape) * dtype.itemsize != len(buffer):
+        raise UserError(f"an array of {dtype} without the bytes that its shape needs")
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        # Cached, because a small file could encode one long text a hundred thousand times.
+        self.encode = functools.cache(lambda text: text.encode("latin1"))
+
+    def find_class(self, module: str, name: str) -> _Inert:
+        if (module, name) not in GLOBALS:
+            raise UserError(f"the global {module[:60]}.{name[:60]}, which batch files do not have (nothing was run)")
+        return _Inert(name, self.encode if name == "encode" else None)
+
+
+def _check_opcodes(content: bytes) -> bytes:
+    """Refuse a pickle that could crash the unpickler or exhaust memory; return it without its frames.
+
+    Frames are optional, and the C unpickler skips bytes where a frame ends within an opcode: it would then read other
+    opcodes than the ones checked here.
+    """
+    pieces, start, tuples, after_tuple = [], 0, 0, False
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        is_put = name in ("BINPUT", "LONG_BINPUT", "MEMOIZE")
+        # Hashing deeply nested tuples overflows the C stack. Arguments of a call do not count: they cannot be nested.
+        tuples += ("TUPLE" in name) - (after_tuple and name == "REDUCE")
+        after_tuple = "TUPLE" in name or (after_tuple and is_put)
+        too_far = is_put and (argument or 0) > count  # the memo is an array, which grows up to this index
+        if name not in OPCODES or too_far or tuples > MAX_TUPLES:
+            raise UserError(f"an unexpected opcode {name} at byte {position:,}")
+        if count >= MAX_OPCODES:
+            raise UserError(f"more than {MAX_OPCODES:,} opcodes")
+        if name == "FRAME":
+            pieces.append(content[start:position])
+            start = position + 9
+    if position + 1 < len(content):
+        raise UserError(f"{len(content) - position - 1:,} bytes after the end of the pickle")
+    return b"".join([*pieces, content[start:]])
+
+
+def _load(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Return the dict of a batch file, which must have these keys."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES or not path.is_file():
+            raise UserError(f"no regular file of at most {MAX_BYTES:,} bytes")
+        batch = _Unpickler(_check_opcodes(path.read_bytes())).load()
+        if type(batch) is not dict:
+            raise UserError(_describe(batch))
+        batch = {key.decode("latin1") if isinstance(key, bytes) else key: value.value if isinstance(value, _Inert)
+                 else value for key, value in batch.items()}
+        if missing := " and no ".join(key for key in keys if key not in batch):
+            raise UserError(f"no {missing} among the keys {', '.join(k[:30] for k in batch if isinstance(k, str))}")
+        return batch
+    except Exception as error:  # a damaged pickle can raise almost anything
+        found = "" if isinstance(error, UserError) else f"a damaged pickle or no pickle, {type(error).__name__}: "
+        message = f"found {found}{ascii(str(error))[1:-1]:.200}; expected a CIFAR-10 batch file of the Python version"
+        if isinstance(error, OSError):
+            message = f"cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {message}") from error
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)} {'/'.join(sorted({type(item).__name__ for item in value}))}"
+    return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+
+
+def _images(path: str | Path, data: Any) -> np.ndarray:
+    """Check images; return them as a C-contiguous, writable copy (N, 32, 32, 3) uint8."""
+    valid = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.size > 0
+    if not valid or data.shape[1:] not in ((3072,), (32, 32, 3)):
+        raise UserError(f"{path}: found data {_describe(data)}; expected uint8 (N, 3072) or (N, 32, 32, 3)")
+    return np.array(data if data.ndim == 4 else data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), order="C")
+
+
+def _integers(path: str | Path, key: str, values: Any, count: int, low: int, high: int) -> np.ndarray:
+    """Check a list or array of `count` integers from `low` to `high`; return it as (N,) int64."""
+    if type(values) is list and {*map(type, values)} == {int}:
+        values = np.array(values)
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iu" or values.shape != (count,):
+        raise UserError(f"{path}: found {key} {_describe(values)}; expected {count} integers")
+    if len(wrong := values[(values < low) | (values > high)]):
+        raise UserError(f"{path}: found the {key} {', '.join(map(str, wrong[:3]))}; expected {low} to {high}")
+    return values.astype(np.int64)
+
+
+def read_labelled(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images (N, 32, 32, 3) uint8 and labels (N,) int64 of a training or test batch."""
+    batch = _load(path, "data", "labels")
+    images = _images(path, batch["data"])
+    return images, _integers(path, "labels", batch["labels"], len(images), 0, 9)
+
+
+def read_unlabelled(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the images (N, 32, 32, 3) uint8 of a batch, and its ids (N,) int64 if it has any."""
+    batch = _load(path, "data")
+    images = _images(path, batch["data"])
+    return images, _integers(path, "ids", batch["ids"], len(images), -2**63, 2**63 - 1) if "ids" in batch else None
+
+
+def read_label_names(path: str | Path) -> list[str]:
+    """Return the ten class names of a `batches.meta`."""
+    names = _load(path, "label_names")["label_names"]
+    if type(names) is not list or len(names) != 10 or not {*map(type, names)} <= {str, bytes}:
+        raise UserError(f"{path}: found label_names {_describe(names)}; expected 10 strings")
+    return [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names]
+
+
+def write_batch(path: str | Path, images: np.ndarray, labels: np.ndarray, batch_label: str) -> None:
+    """Write images (N, 32, 32, 3) uint8 and labels (N,) as a batch file, atomically."""
+    content = {b"batch_label": batch_label.encode(), b"labels": labels.tolist(),
+               b"data": images.transpose(0, 3, 1, 2).reshape(len(images), 3072),
+               b"filenames": [b"%06d.png" % index for index in range(len(images))]}
+    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(content, protocol=2)))
+
+
+def write_label_names(path: str | Path, names: Sequence[str]) -> None:
+    """Write class names as a `batches.meta`, atomically."""
+    content = {b"num_cases_per_batch": 10_000, b"label_names": [name.encode() for name in names], b"num_vis": 3072}
+    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(content, protocol=2)))
+
+
+def find_folder(data_dir: str | Path) -> Path | None:
+    """Return the folder that holds batch files: `cifar-10-batches-py` in `data_dir`, or `data_dir` itself."""
+    folders = (Path(data_dir) / FOLDER, Path(data_dir))
+    return next((folder for folder in folders for name in TRAIN_FILES + TEST_FILES if (folder / name).exists()), None)
+
+
+def download(data_dir: str | Path, url: str = URL, md5: str = MD5) -> Path:
+    """Download the archive, unless it is in `data_dir` already, and unpack it; return the new folder.
+
+    An interrupted download is kept as `cifar-10-python.tar.gz.part` and resumed.
+    """
+    data_dir = Path(data_dir)
+    archive, partial = data_dir / ARCHIVE, data_dir / f"{ARCHIVE}.part"
+    try:
+        if archive.exists():
+            _unpack(archive, md5, data_dir)
+        while find_folder(data_dir) is None:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process was faster and has removed the partial file
+                _fetch(url, partial, md5)
+                _unpack(partial, md5, data_dir)
+        return find_folder(data_dir)
+    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"CIFAR-10 cannot be downloaded from {url} ({' '.join(str(error).split())}); put {ARCHIVE} "
+                        f"into {data_dir}, or try --synthetic") from error
+    finally:
+        if partial.exists() and partial.stat().st_size == 0:
+            partial.unlink()
+
+
+def _fetch(url: str, path: Path, md5: str) -> None:
+    """Complete a partial file; resume after network errors."""
+    pauses = iter(PAUSES)
+    with open(path, "ab") as file:
+        with suppress(ImportError, OSError):  # Windows and some network file systems have no such locks
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)  # waits for another process that downloads into the same folder
+        while _digest(path) != md5:
+            size = file.seek(0, os.SEEK_END)
+            request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    start = size if response.status == 206 else file.truncate(file.seek(0))  # 200: Range was ignored
+                    total = start + int(response.headers.get("Content-Length", 0))
+                    with tqdm.wrapattr(file, "write", total, initial=start, desc=f"downloading {ARCHIVE}") as target:
+                        shutil.copyfileobj(response, target)
+                if file.tell() >= total:  # urllib does not report a connection that was closed early
+                    return
+                raise ConnectionError(f"connection closed after {file.tell():,} of {total:,} bytes")
+            except (OSError, http.client.HTTPException) as error:
+                status = getattr(error, "code", 500)
+                if status == 416:  # Range Not Satisfiable: the file is too long, which the checksum will tell
+                    return
+                if file.tell() > size:
+                    pauses = iter(PAUSES)  # each piece of a slow download has its own retries
+                pause = next(pauses, None)
+                if pause is None or status < 500:
+                    raise
+                warn(f"download interrupted ({error}); retrying in {pause} s")
+                time.sleep(pause)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def _unpack(archive: Path, md5: str, data_dir: Path) -> None:
+    """Check an archive and unpack its batch files, all of them or none; then remove it if we downloaded it."""
+    downloaded = archive.suffix == ".part"
+    if (found := _digest(archive)) != md5:
+        if downloaded:
+            archive.unlink()
+        raise UserError(f"{archive}: found MD5 {found}; expected {md5}; {'' if downloaded else 'delete it and '}"
+                        f"download it again, or try --synthetic")
+    missing = {f"{FOLDER}/{name}" for name in (*TRAIN_FILES, *TEST_FILES, META_FILE)}
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch, tarfile.open(archive) as tar:
+        (Path(scratch) / FOLDER).mkdir()
+        for member in tar:
+            if member.name in missing:  # other names could point outside the folder
+                if not member.isfile() or member.size > MAX_BYTES:
+                    raise UserError(f"{archive}: found {member.name} that is not a file of at most {MAX_BYTES:,} bytes")
+                (Path(scratch) / member.name).write_bytes(tar.extractfile(member).read())
+                missing.remove(member.name)
+        if missing:
+            raise UserError(f"{archive}: found no {', '.join(sorted(missing))}")
+        if find_folder(data_dir) is None:  # else another process was faster
+            os.replace(Path(scratch) / FOLDER, data_dir / FOLDER)
+    if downloaded:
+        archive.unlink()

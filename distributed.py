@@ -1,0 +1,130 @@
+"""Ranks and collectives of a run that torchrun, srun or mpirun started as several processes."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from utils import RunError, UserError
+
+
+@contextlib.contextmanager
+def _collective() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's errors have no type of their own, so every collective passes through here
+        raise RunError(f"lost contact with another rank ({str(error).splitlines()[0]:.120}); the saved checkpoint is "
+                       "intact, continue with --resume") from error
+
+
+class World(NamedTuple):
+    """This process's place among the ranks; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    local_rank: int = 0  # among the ranks of this machine
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place."""
+        if self.size > 1:
+            with _collective():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, values: list[int]) -> list[int]:
+        """Return the largest of each value over all ranks."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values)
+        with _collective():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect one picklable value of each rank, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            with _collective():
+                dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Overwrite tensors by those of rank 0."""
+        for tensor in tensors if self.size > 1 else []:
+            with _collective():
+                dist.broadcast(tensor, src=0)
+
+    def run(self, action: Callable[[], Any], only_main: bool = False) -> Any:
+        """Run an action on every rank, or on rank 0 alone, and wait; an error on one of them ends all.
+
+        The first rank that failed raises its UserError, RunError or OSError; the others exit without a message.
+
+        Returns:
+            The action's result: this rank's own, or with `only_main` rank 0's, on every rank.
+        """
+        result = error = None
+        if self.is_main or not only_main:
+            try:
+                result = action()
+            except (UserError, RunError, OSError) as caught:
+                error = caught
+        errors = self.gather(error)
+        failed = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if failed is not None:
+            error = errors[failed]
+            raise error if self.rank == failed else SystemExit(2 if isinstance(error, UserError) else 1)
+        if only_main and self.size > 1:
+            result = [result]
+            with _collective():
+                dist.broadcast_object_list(result, src=0)
+            result = result[0]
+        return result
+
+
+def start() -> World:
+    """Join the other ranks, if there are any: NCCL for GPU tensors, gloo for the rest."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:  # srun and mpirun may set the ranks but no address
+        raise UserError(f"RANK and WORLD_SIZE are set, but not all of what connects the ranks ({error}); start with "
+                        "torchrun, or set MASTER_ADDR and MASTER_PORT, or unset RANK for a single process") from error
+    # torchrun's store survives a restart, with the addresses of killed ranks: each life needs its own names
+    store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                            world_size=size)
+    hosts = World(rank, size=size).gather(socket.gethostname())  # works with every launcher
+    return World(rank, hosts[:rank].count(hosts[rank]), size, hosts.count(hosts[rank]))
+
+
+def stop() -> None:
+    """Leave the other ranks, at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Sum the gradients over all ranks, in one message.
+
+    DistributedDataParallel averages, and needs a forward pass on every rank; in the last batch of an epoch a rank may
+    have no image.
+    """
+    parameters = list(parameters)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    message = world.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    parts = message.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

@@ -1,0 +1,180 @@
+"""The command line: what the help shows, what argument files hold, and one clear line for each mistake."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import options
+import train
+from checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = "--tta/--no-tta off\n"
+DATA = "data: --data-dir data; --synthetic/--no-synthetic off; "
+HARDWARE = "hardware: --device auto; --precision auto"
+HELP = {
+    "train": ("[@FILE] [flags]", """run: --output-dir checkpoints/se-resnet; --resume; --init-from; \
+--overwrite/--no-overwrite off; --save-minutes 1; --log-interval 50; --summary/--no-summary off
+""" + DATA + """--val-size 0; --limit-train all; --limit-test all
+model: --num-blocks 4 4 3; --channels 64; --kernel-sizes 3; --shortcut-kernel-sizes 1; --dropout 0; --block basic; \
+--se stem; --se-reduction 16; --max-params 5000000
+optimization: --epochs 200; --batch-size 128; --optimizer sgd; --lr 0.1 for sgd, 0.001 for adam, 0.001 for adamw, \
+0.0001 for rmsprop, 0.01 for adagrad, 1 for adadelta; --momentum 0.9; --nesterov/--no-nesterov off; \
+--weight-decay 0.0005; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; --ema 0; --seed 0
+augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
+--trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0
+""" + HARDWARE + "; --workers 0; --compile/--no-compile on for CUDA; --deterministic/--no-deterministic off"),
+    "evaluate": ("CHECKPOINT [flags]", f"output: --output-dir; {OUTPUT}{DATA}--limit-test all\n{HARDWARE}"),
+    "predict": ("CHECKPOINT IMAGES... [flags]", f"output: --output -; {OUTPUT}{HARDWARE}")}
+
+
+def outline(text: str) -> str:
+    """Reduce a help text to its groups, flags and defaults."""
+    lines = []
+    for title, body in re.findall(r"^(\w+):\n((?:  .*\n)+)", text, re.M):
+        entries = re.split(r"^  (?=-)", body, flags=re.M)[1:]
+        flags = ["/".join(re.findall(r"(?<!\S)--?[a-z-]+", re.split(r"  |\n", entry)[0])) for entry in entries]
+        defaults = [re.search(r"( [^(]*)\)$|$", " ".join(entry.split()).replace("(default:", "("))[1] or ""
+                    for entry in entries]
+        lines += [f"{title}: " + "; ".join(map("".join, zip(flags, defaults, strict=True)))] if entries else []
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """The running programs, all started at once: importing torch takes seconds."""
+    return {program: subprocess.Popen([sys.executable, f"{program}.py", "--help"], cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                      env={**os.environ, "COLUMNS": "150"}) for program in HELP}
+
+
+@pytest.mark.parametrize("program", HELP)
+def test_help_shows_every_flag_with_its_default_and_examples_that_work(program, helps, monkeypatch):
+    text = helps[program].communicate()[0]
+    assert helps[program].returncode == 0, text
+    usage, flags = HELP[program]
+    assert text.startswith(f"usage: {program}.py {usage}\n\n")
+    text, examples = text.split("\nexamples:\n")
+    assert outline(text + "\n") == f"options: -h/--help\n{flags}"
+    monkeypatch.chdir(ROOT)
+    parse = options.parse_args if program == "train" else importlib.import_module(program).build_parser().parse
+    for line in examples.splitlines():
+        python, name, *words = shlex.split(line)
+        assert (python, name) == ("python", f"{program}.py") and parse(words)[1]
+    assert len(examples.splitlines()) >= 2
+
+
+def test_summary(capsys):
+    assert train.main(["--summary"]) == 0
+    assert "Total params: 4,697,742" in capsys.readouterr().out
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
+def test_recipes_are_taken(path):
+    args, given = options.parse_args([f"@{path}"])
+    assert given and options.build_model(args)
+
+
+def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/flags.txt").write_text("""# --epochs 1\n--epochs 3  # three
+        --output-dir "my runs/it's # one" @b/more.txt\n""")
+    (tmp_path / "a/b/more.txt").write_text("--seed 7\n@../last.txt", encoding="utf-8-sig")  # as Windows writes it
+    (tmp_path / "a/last.txt").write_text("--num-blocks 2 2\n--ema 0.5")
+    monkeypatch.chdir(tmp_path / "a/b")
+    assert options.parse_args(["@../flags.txt", "--ema", "0.9"])[1] == {
+        "epochs": 3, "output_dir": "my runs/it's # one", "seed": 7, "num_blocks": [2, 2], "ema": 0.9}
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["cannot read the argument file", "No such file", "@recipes/paper.txt"]),
+    ("folder", ["cannot read the argument file", "@recipes/paper.txt"]),
+    (b"\x80\x04\xff\x00", ["not an argument file"]),
+    (b"--output-dir bob's", ["not an argument file", "quotation"]),
+    (b"@flags.txt", ["include each other"]),
+    (b"--epochs 2\n@nowhere.txt", ["@nowhere.txt", "cannot read the argument file"]),
+])
+def test_bad_argument_files(content, words, tmp_path, capsys):
+    path = tmp_path / "flags.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content:
+        path.write_bytes(content)
+    line = mistake(capsys, f"@{path}")
+    assert all(word in line for word in [str(tmp_path), *words]), line
+
+
+def test_a_recipe_and_a_flag_that_exclude_each_other(capsys):
+    flags = [f"@{ROOT / 'recipes/strong.txt'}", "--epochs", "2"]
+    assert "--warmup-epochs (5) must be less than --epochs (2); add --warmup-epochs 0.2" in mistake(capsys, *flags)
+    assert options.parse_args([*flags, "--warmup-epochs", "0.2"])[0].warmup_epochs == 0.2
+
+def mistake(capsys, *argv: object) -> str:
+    """Run train.py on a mistake, and return its one line."""
+    try:
+        status = train.main(list(map(str, argv)))
+    except SystemExit as exit:  # argparse's way out
+        status = exit.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == "" and captured.err.count("\n") == 1, captured
+    assert captured.err.startswith("train.py: error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize("command, words", [tuple(part.strip() for part in case.split(":")) for case in """
+    --optimizer sdg: 'sdg' choose sgd adadelta | --scheduler step: 'step' cosine onecycle constant
+    --device cuda: finds no such device --device auto | --block resnext: 'resnext' basic preact
+    --se head: 'head' stem block none | --epochs 0: 0 at least 1 | --epochs many: 'many' int
+    --epoch 5: unrecognized --epoch | --frobnicate: unrecognized | stray: unrecognized stray
+    --augment off: * unrecognized off | --output-dir: expected one argument | --batch-size 0: 0 at least 1
+    --lr nan: nan at least 0 | --lr inf: inf at least 0 | --lr -1: -1 at least 0 | --ema 1: 1 at least 0 below 1
+    --seed -1: -1 at least 0 | --seed 9999999999999999999: below 4611686018427387904 | --cutmix nan: nan at least 0
+    --workers -1: -1 at least 0 | --limit-train 0: 0 at least 1 | --save-minutes -1: -1 at least 0
+    --num-blocks: expected at least one argument | --num-blocks 4 x: 'x' int
+    --num-blocks 4 0: (4 0) stages of at least one block
+    --num-blocks 9 9 9: * 13,628,814 --max-params (5,000,000) raise the limit
+    --channels 4: --channels (4) at least 8 | --kernel-sizes 4: --kernel-sizes (4) odd
+    --kernel-sizes 3 3: --kernel-sizes has 2 values expected 1, or 3 like --num-blocks
+    --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 1: --dropout (1) below 1
+    --se-reduction 100: --se-reduction (100) from 1 to 64 | --resume: no run in --resume auto
+    --resume nowhere: nowhere not a run folder --init-from | --init-from nowhere.pt: * nowhere.pt not found expected
+    --resume --overwrite: leave out --overwrite | --nesterov --optimizer adam: --nesterov needs --optimizer sgd
+    --momentum 0.5 --optimizer adam: --optimizer adam has none
+    --momentum 0.9 --scheduler onecycle: --scheduler onecycle leave out --momentum
+    --warmup-epochs 1 --scheduler onecycle: onecycle leave out --warmup-epochs
+    --warmup-epochs 200: --warmup-epochs (200) --epochs (200) add --warmup-epochs 20
+    --resume auto --warmup-epochs 200: * add --warmup-epochs 20
+    """.replace("\n", "|").strip("| ").split("|")])
+def test_mistakes(command, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    folders = [] if command == "--output-dir" else ["--output-dir", "run", "--data-dir", "no data is read"]
+    line = mistake(capsys, *folders, *command.split())
+    expected = [command.split()[0], *words.split()] if words[0] != "*" else words[1:].split()  # *: not the flag itself
+    assert all(word in line for word in expected), line
+    assert list(tmp_path.iterdir()) == []
+
+def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(run_train, no_pictures, tmp_path, capsys):
+    recipe = TINY[:TINY.index("--lr")]
+    assert run_train("--resume", "auto", *recipe, "--epochs", "1") == 0  # starts a run
+    capsys.readouterr()
+    saved = json.loads((tmp_path / "run/args.json").read_text())
+    assert saved["lr"] == 0.1 and saved["num_blocks"] == [1, 1, 1] and not {"resume", "summary"} & saved.keys()
+    for command, values in {"--epochs 2": "2 differs from the checkpoint's 1", "--lr 0.05": "0.05 0.1",
+                            "--num-blocks 1 2": "1 2 1 1 1", "--no-augment": "off on", "--val-size 20": "20 0",
+                            "--limit-test 20": "20 50", "--seed 1": "1 0"}.items():
+        line = mistake(capsys, "--output-dir", tmp_path / "run", "--resume", *command.split())
+        flag = command.split()[0].replace("--no-", "--")
+        assert re.search(rf"{flag} {'.*'.join(values.split())}\b", line) and "--init-from" in line, line
+    assert run_train("--resume", "auto", *recipe, "--lr", "0.1", "--log-interval", "7", "--save-minutes", "3",
+                     "--workers", "1", "--no-compile") == 0
+    args = load_checkpoint(tmp_path / "run/last.pt")["args"]
+    assert (args["log_interval"], args["save_minutes"], args["workers"], args["compile"]) == (7, 3, 1, False)

@@ -1,0 +1,38 @@
+"""The profiles of variants: what is printed on a CPU."""
+
+import re
+
+import pytest
+import torch
+from test_bench import TINY
+
+from tools import bench, profile_steps
+
+
+def test_variants_are_profiled_with_their_settings(monkeypatch, capsys):
+    built, build = [], bench.build
+
+    def note(*args):
+        run, state = build(*args)
+        built.append((torch._inductor.config.combo_kernels, run.args.se, run.args.nesterov))
+        return run, state
+    monkeypatch.setattr(torch._inductor.config, "combo_kernels", False)  # restored, as is the next one
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", torch.backends.cudnn.benchmark_limit)
+    monkeypatch.setattr(bench, "build", note)
+    monkeypatch.setattr(bench, "EPOCH", 80)  # two full batches
+    assert profile_steps.main(["--variants", "base", "combo_kernels", "strong", *TINY]) == 0
+    assert built == [(False, "stem", False), (True, "stem", False), (False, "block", True)]
+    parts = capsys.readouterr().out.strip().split("\n\n")
+    for name, part in zip(("base", "combo_kernels", "strong"), parts, strict=True):
+        head, *rows = part.splitlines()
+        found = re.fullmatch(rf"{name}: (\d+) images/s; per step: CPU ([\d.]+) ms", head)  # nothing of a GPU
+        times = [float(row.split()[0]) for row in rows]
+        assert float(found[2]) > 0 and len(rows) == 25
+        assert times == sorted(times, reverse=True) and sum(times) <= float(found[2]) + 0.1
+        assert "aten::convolution_backward" in part
+
+
+def test_an_unknown_variant_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        profile_steps.main(["--variants", "fast"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

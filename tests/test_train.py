@@ -1,0 +1,508 @@
+"""Training: exact resume, signals, failed saves, divergence, compiled steps, and what a run prints and writes."""
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from conftest import one_by_one
+from torch import nn
+
+import data
+import evaluate
+import hardware
+import models
+import options
+import train
+import utils
+
+run, start, small_data, unbroken = runs.run, runs.start, runs.small_data, runs.unbroken  # fixtures
+ROOT = Path(train.__file__).parent
+
+CHOICES = {
+    "place": ("first", "middle", "last", "between", "evaluation"),
+    "optimizer": ("sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"),
+    "scheduler": ("cosine", "warm-up", "onecycle", "constant"),
+    "loaders": ("device>device", "device>workers", "workers>device", "workers>workers"),  # before and after the stop
+    "precision": ("fp32", "bf16", "fp16"),
+    "dropout": ("0", "0.3"),
+    "validation": ("0", "10"),
+    "stops": ("once", "twice"),
+    "rest": ("plain", "smoothing", "mixing"),
+}
+FLAGS = {"warm-up": ["--scheduler", "cosine", "--warmup-epochs", "0.5"],
+         "smoothing": ["--label-smoothing", "0.1", "--grad-clip", "0", "--block", "preact", "--se", "block"],
+         "mixing": ["--mixup", "0.2", "--cutmix", "1", "--trivial-augment", "--ema", "0.9"]}
+# Every pair of two choices is in at least one of these cases.
+GRID = """
+first sgd cosine workers>workers fp16 0.3 10 once mixing
+first adam constant device>device fp32 0.3 10 once mixing
+first adamw onecycle device>device fp32 0.3 10 once mixing
+first rmsprop warm-up workers>device bf16 0.3 10 once plain
+first adagrad warm-up workers>workers fp32 0 0 twice smoothing
+first adadelta onecycle device>workers fp16 0 10 twice plain
+middle sgd constant device>workers bf16 0 0 twice mixing
+middle adam warm-up workers>device fp32 0 10 once smoothing
+middle adamw cosine device>device fp16 0 0 twice smoothing
+middle rmsprop cosine workers>workers fp32 0.3 10 once smoothing
+middle adagrad onecycle workers>workers bf16 0.3 0 twice plain
+middle adadelta constant workers>device fp32 0.3 10 once smoothing
+last sgd onecycle device>device fp16 0 0 once smoothing
+last adam onecycle device>workers bf16 0.3 0 twice mixing
+last adamw warm-up device>workers bf16 0.3 0 once plain
+last rmsprop cosine device>workers fp32 0 10 twice smoothing
+last adagrad constant workers>device fp16 0.3 0 twice mixing
+last adadelta constant workers>workers fp32 0 10 once smoothing
+between sgd constant workers>device fp32 0 0 once smoothing
+between adam cosine device>device bf16 0 10 twice plain
+between adamw onecycle workers>workers fp32 0.3 10 twice plain
+between rmsprop constant device>device bf16 0.3 10 twice plain
+between adagrad cosine device>workers fp32 0.3 10 twice mixing
+between adadelta warm-up device>device fp16 0 0 once mixing
+evaluation sgd warm-up device>workers fp32 0 0 twice plain
+evaluation adam constant workers>workers fp16 0.3 0 once plain
+evaluation adamw constant workers>device bf16 0 0 once mixing
+evaluation rmsprop onecycle workers>device fp16 0 0 twice mixing
+evaluation adagrad onecycle device>device bf16 0.3 10 once smoothing
+evaluation adadelta cosine workers>device bf16 0 0 once smoothing
+""".strip().splitlines()
+
+
+@pytest.fixture
+def workers_in_process(monkeypatch):
+    """Let `--workers` load in this process, which is faster; another test has worker processes."""
+    loader = data.WorkersLoader
+    monkeypatch.setattr(data, "WorkersLoader", lambda *args, workers: loader(*args, workers=0))
+
+
+@pytest.fixture
+def paused(start, tmp_path):
+    """A function that starts a run in a process and waits until it pauses, by default after the third step."""
+    def paused(*flags, prepare=runs.pause_after, args=(0, 3), **kwargs):
+        child = start(*flags, prepare=prepare, args=(*args, tmp_path / "marker"), **kwargs)
+        runs.wait_for((tmp_path / "marker").exists)
+        return child
+    return paused
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_every_pair():
+    rows = [dict(zip(CHOICES, line.split(), strict=True)) for line in GRID]
+    for (a, values), (b, others) in combinations(CHOICES.items(), 2):
+        assert {(row[a], row[b]) for row in rows} == set(product(values, others))
+
+
+@pytest.mark.parametrize("case", GRID)
+def test_resumed_equals_unbroken(case, run, tmp_path, workers_in_process):
+    choice = dict(zip(CHOICES, case.split(), strict=True))
+    flags = ["--optimizer", choice["optimizer"], "--precision", choice["precision"], "--dropout", choice["dropout"],
+             "--val-size", choice["validation"], *FLAGS.get(choice["rest"], []),
+             *FLAGS.get(choice["scheduler"], ["--scheduler", choice["scheduler"]])]
+    before, after = (["--workers", str(int(name == "workers"))] for name in choice["loaders"].split(">"))
+    assert run(*flags, folder="unbroken") == 0
+    runs.stop(run, choice["place"], *flags, *before)
+    if choice["stops"] == "twice":
+        runs.stop(run, "later", "--resume", *after)
+    assert run("--resume", *after) == 0
+    runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_resume_with_another_number_of_worker_processes(run, tmp_path):
+    assert run("--dropout", "0.3", folder="unbroken") == 0
+    runs.stop(run, "middle", "--dropout", "0.3", "--workers", "2")
+    assert run("--resume", "--workers", "1") == 0
+    runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+
+
+@pytest.mark.parametrize("device, precision, compiled", [
+    pytest.param("cpu", "fp32", "--compile", marks=[pytest.mark.slow, needs_compiler]),
+    *(pytest.param("cuda", *case, marks=needs_cuda)
+      for case in product(("fp32", "bf16", "fp16"), ("--no-compile", "--compile")))])
+@pytest.mark.parametrize("place", ["middle", "between"])
+def test_resume_compiled_and_on_cuda(place, device, precision, compiled, run, tmp_path):
+    flags = ["--device", device, "--precision", precision, compiled, "--deterministic", "--dropout", "0.3"]
+    assert run(*flags, folder="unbroken") == 0
+    assert runs.read(tmp_path / "unbroken")["environment"]["compile"] == (compiled == "--compile")
+    runs.stop(run, place, *flags)
+    assert run("--resume") == 0
+    runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_resume_keeps_the_number_of_threads_where_the_cores_allow_it(cores, run, tmp_path, monkeypatch, capsys):
+    flags = ["--epochs", "1", "--limit-train", "16"]
+    monkeypatch.setattr(hardware, "count_cores", lambda: cores)
+    try:
+        torch.set_num_threads(2)
+        assert run(*flags, folder="unbroken") == 0
+        runs.stop(run, "first", *flags)
+        assert ", 2 threads," in capsys.readouterr().out
+        torch.set_num_threads(1)  # the resuming process starts with another number
+        assert run("--resume") == 0
+    finally:
+        torch.set_num_threads(1)
+    printed = capsys.readouterr()
+    assert f", {cores} threads," in printed.out
+    if cores == 1:
+        assert printed.err == "warning: resuming, but not bitwise-identically: threads 2 -> 1\n"
+    else:
+        assert printed.err == ""
+        runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("images", "tolerance"), [(128, 0), (576, 6e-8)])
+def test_training_equals_the_published_loop(images, tolerance, run, tmp_path):
+    """Two steps are bitwise identical; after nine, the fused optimizer differs in the last bit."""
+    flags = ["--data-dir", str(runs.write_data(tmp_path, images)), "--limit-train", str(images), "--batch-size", "64",
+             "--epochs", "1", "--lr", "0.05", "--scheduler", "constant"]
+    torch.manual_seed(5)
+    model = models.SEResNet(num_blocks=[1, 1], channels=8, se_reduction=2).to(memory_format=torch.channels_last)
+    torch.save({"net": model.state_dict(), "acc": 10.0, "epoch": 0, "config": {}}, tmp_path / "weights.pt")
+    assert run(*flags, "--init-from", str(tmp_path / "weights.pt")) == 0
+
+    args = options.parse_args([*runs.SMALL, *flags])[0]
+    train_split, _, test_split = data.load_data(args, train.World())
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    total_loss = correct = 0
+    for inputs, targets in data.build_loader(train_split, args, torch.device("cpu"), train.World()).epoch(0):
+        optimizer.zero_grad()
+        outputs = model(inputs)
+        loss = criterion(outputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_value_(model.parameters(), 0.1)
+        optimizer.step()
+        total_loss += loss.item() * len(targets)
+        correct += (outputs.argmax(1) == targets).sum().item()
+
+    for name, value in runs.read(tmp_path / "run")["model"].items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=tolerance, msg=name)
+    logits = one_by_one(model.eval(), test_split.images)
+    row = runs.read(tmp_path / "run")["history"][0]
+    assert row["train_loss"] == pytest.approx(total_loss / images)
+    assert row["train_accuracy"] == 100 * correct / images
+    assert row["test_loss"] == pytest.approx(criterion(logits, test_split.targets).item(), rel=1e-5)
+    assert row["test_accuracy"] == 100 * (logits.argmax(1) == test_split.targets).double().mean().item()
+
+
+class GraphLike:
+    """Stands for a function compiled with CUDA graphs: the next call overwrites the results of this one."""
+
+    def __init__(self, function, **_):
+        self.function, self.results, self.sizes = function, (), []
+
+    def __call__(self, inputs, targets, *mix):
+        assert not mix or mix[0] is not targets  # compiled as the same tensor twice, it would ignore targets_b
+        for result in self.results:
+            result.detach().fill_(-1)
+        self.sizes.append(len(inputs))
+        self.results = self.function(inputs, targets, *mix)
+        return self.results
+
+
+@pytest.mark.parametrize("flags", [[], ["--mixup", "0.2", "--ema", "0.9"]])
+def test_full_batches_run_compiled_and_trying_it_changes_nothing(flags, run, tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiled.append(GraphLike(*args)) or compiled[-1])
+    assert run("--dropout", "0.3", *flags, folder="eager") == 0
+    assert ", not compiled\n" in capsys.readouterr().out and not compiled
+    assert run("--dropout", "0.3", *flags, "--compile") == 0
+    assert ", compiled\n" in capsys.readouterr().out
+    assert compiled[0].sizes == [8] + 2 * [8, 8, 8]  # the first one is the trial; the batches of 6 run eagerly
+    runs.assert_same_run(tmp_path / "run", tmp_path / "eager")
+
+
+def fail(*_, **__):
+    """Stand for a compiler that fails."""
+    raise RuntimeError("no C compiler\nand forty more lines")
+
+
+@pytest.mark.parametrize("broken", [fail, lambda *_, **__: fail, lambda function, **_: lambda *a: fail(function(*a))],
+                         ids=["at once", "when called", "after the forward pass"])
+def test_a_compiler_that_fails_costs_one_line(broken, run, unbroken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", broken)
+    assert run("--compile") == 0
+    printed = capsys.readouterr()
+    assert printed.err == "warning: torch.compile failed (RuntimeError: no C compiler); training without it\n"
+    assert ", not compiled\n" in printed.out
+    runs.assert_same_run(tmp_path / "run", unbroken)
+
+
+# --- new runs --------------------------------------------------------------------------------------------------------
+
+
+def test_init_from_takes_the_averaged_weights_and_the_network(run, tmp_path, capsys):
+    assert run("--num-blocks", "2", "1", "--ema", "0.9", folder="source") == 0
+    source = runs.read(tmp_path / "source")
+    argv = [*runs.SMALL[len(runs.NETWORK):], "--data-dir", source["args"]["data_dir"], "--output-dir",
+            str(tmp_path / "run"), "--init-from", str(tmp_path / "source" / "last.pt"), "--lr", "0"]
+    assert train.main(argv) == 0
+    found = runs.read(tmp_path / "run")
+    assert found["args"]["num_blocks"] == [2, 1] and found["ema"] is None and len(found["history"]) == 2
+    for name, value in found["model"].items():
+        if "running" not in name and "tracked" not in name:  # batch norm statistics move also at lr 0
+            assert torch.equal(value, source["ema"][name]) and not torch.equal(value, source["model"][name])
+    assert train.main([*argv, "--overwrite", "--channels", "16"]) == 2
+    assert "--channels 16 differs from the checkpoint's 8" in capsys.readouterr().err
+
+
+# --- what a run prints and writes ------------------------------------------------------------------------------------
+
+
+def test_lines_and_metrics(run, tmp_path, capsys):
+    assert run() == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""  # no progress bar where it is not a terminal
+    lines, folder = printed.out.splitlines(), tmp_path / "run"
+    assert [line.split()[0] for line in lines[:5]] == ["device", "model", "data", "recipe", "folder"]
+    for line, part in zip(lines, ["CPU, fp32, 1 threads, not compiled", "SE-ResNet [1, 1], 5,342 parameters",
+                                  "30 training", "2 epochs of 4 steps, batch 8, sgd, lr 0.01, cosine",
+                                  f"{folder} (new run)"], strict=False):
+        assert part in line
+    with open(folder / "metrics.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert ",".join(header) == ("epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy,test_loss,"
+                                "test_accuracy,seconds,images_per_second")
+    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    for line, row, epoch in zip(lines[5:7], rows, (1, 2), strict=True):
+        lr = 0.005 * (1 + math.cos(math.pi * (4 * epoch - 1) / 8))
+        assert (row["epoch"], row["step"], row["val_loss"], row["val_accuracy"]) == (str(epoch), str(4 * epoch), "", "")
+        assert float(row["lr"]) == pytest.approx(lr, rel=1e-5)
+        assert float(row["images_per_second"]) == pytest.approx(30 / float(row["seconds"]), rel=0.5)
+        assert line == (f"epoch {epoch}/2  training loss {float(row['train_loss']):.4f}, accuracy "
+                        f"{float(row['train_accuracy']):.2f} %  test loss {float(row['test_loss']):.4f}, accuracy "
+                        f"{float(row['test_accuracy']):.2f} %  lr {lr:.4g}  {float(row['images_per_second']):.0f} "
+                        "images/s")
+    accuracies = [float(row["test_accuracy"]) for row in rows]
+    best = accuracies.index(max(accuracies))
+    assert lines[7] == (f"test accuracy: last epoch {accuracies[-1]:.2f} %, best {accuracies[best]:.2f} % "
+                        f"(epoch {best + 1})")
+    assert "selected on the test set" in lines[8] and str(folder) in lines[9] and len(lines) == 10
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["best_epoch"], results["best_accuracy"]) == (best + 1, accuracies[best])
+    assert results["last_accuracy"] == results["test_accuracy"] == accuracies[-1]
+
+
+def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkeypatch):
+    accuracies = iter([50.0, 40.0, 30.0])  # two epochs, and the test set
+    monkeypatch.setattr(evaluate, "score", lambda logits, targets: (1.0, next(accuracies)))
+    assert run("--val-size", "10") == 0
+    assert "10 validation images" in (out := capsys.readouterr().out)
+    assert "validation accuracy: last epoch 40.00 %, best 50.00 % (epoch 1)\ntest accuracy of best.pt 30.00 %" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["test_weights"], results["selected_on"], results["best_epoch"]) == ("best", "validation", 1)
+    assert all(row["test_loss"] is row["test_accuracy"] is None for row in runs.read(tmp_path / "run")["history"])
+
+
+def test_on_a_terminal_a_bar_gives_way_to_the_line_of_the_epoch(run, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run() == 0
+    assert re.findall(r"\repoch (\d)/2 +0%\|.*?\r +\r(epoch \d)/2  training loss", terminal.getvalue(), re.DOTALL) == [
+        ("1", "epoch 1"), ("2", "epoch 2")]
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", utils.STOP_SIGNALS)  # without SIGHUP under nohup
+def test_a_signal_stops_the_run_and_the_printed_command_resumes_it(number, run, tmp_path, monkeypatch, capfd, unbroken):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [os.path.relpath(ROOT / "train.py")])
+    runs.stop(run, "middle", "--output-dir", "a run", number=number)
+    printed = capfd.readouterr()
+    assert printed.err == "\nSaving after this step, then stopping. Press Ctrl-C again to quit without saving.\n"
+    place, command = re.search("\nstopped in (.*), all saved; resume with: (.*)\n$", printed.out).groups()
+    assert place == "epoch 1 after step 2" and runs.read(tmp_path / "a run")["step"] == 2
+    if number == signal.SIGINT:  # once, as it takes seconds, and into a pipe that is closed early
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True,
+                              env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
+        assert (done.returncode, done.stderr.decode()) == (0, "")
+    else:
+        assert run(*shlex.split(command)[2:]) == 0
+    runs.assert_same_run(tmp_path / "a run", unbroken)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_last_evaluation(number, status, run, tmp_path, capsys):
+    runs.stop(run, "evaluation", "--epochs", "1", number=number)
+    assert "stopped after the last epoch, all saved; resume with: " in capsys.readouterr().out
+    assert runs.read(tmp_path / "run")["epoch"] == 1 and not (tmp_path / "run" / "results.json").exists()
+    assert run("--resume") == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+@runs.needs_fork
+@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_loader_workers_leave_signals_to_the_main_process(method, paused, tmp_path):
+    """A terminal, `timeout` and job queues signal every process of a job; a dead worker would end the run unsaved."""
+    child = paused("--workers", "2", START_METHOD=method)
+    workers = (tmp_path / "marker").read_text().split()
+    for worker, number in product(workers, utils.STOP_SIGNALS):
+        os.kill(int(worker), number)
+    (tmp_path / "marker").unlink()
+    assert workers and child.wait() == 0, child.output()  # its second epoch needs the workers
+
+
+@runs.needs_fork
+def test_a_second_signal_ends_the_process_and_leaves_good_files(paused, run, tmp_path, unbroken):
+    child = paused("--save-minutes", "0")
+    child.signal(signal.SIGINT)
+    runs.wait_for(lambda: "Press Ctrl-C again" in child.output())
+    time.sleep(0.6)  # two within half a second count as one
+    child.signal(signal.SIGINT)
+    assert child.wait() == -signal.SIGINT  # what a shell shows as 130
+    assert runs.read(tmp_path / "run")["step"] == 2
+    assert run("--resume") == 0
+    runs.assert_same_run(tmp_path / "run", unbroken)
+
+
+def break_pipes_after(epoch: int, step: int, marker: Path) -> None:
+    """Pause at the end of a step, with output to pipes that no one reads any more."""
+    runs.at_step(epoch, step, lambda *_: runs.break_pipes())
+    runs.pause_after(epoch, step, marker)
+
+
+def break_pipes_late(marker: Path) -> None:
+    """Pause in the evaluation after each epoch; then output goes to pipes that no one reads any more."""
+    runs.pause_before("evaluate", "predict_logits", marker, runs.break_pipes)
+
+
+@runs.needs_fork
+@pytest.mark.parametrize("prepare, args, saved", [(break_pipes_after, (0, 3), (0, 3)), (break_pipes_late, (), (1, 1))])
+def test_a_signal_ends_a_run_whose_output_is_closed(prepare, args, saved, paused, tmp_path):
+    """In `train.py 2>&1 | tee log`, Ctrl-C ends tee first."""
+    child = paused(prepare=prepare, args=args)
+    child.signal(signal.SIGINT)
+    (tmp_path / "marker").unlink()
+    assert child.wait() == 130
+    assert (runs.read(tmp_path / "run")["epoch"], runs.read(tmp_path / "run")["step"]) == saved
+
+
+# --- failed saves ----------------------------------------------------------------------------------------------------
+
+
+def errors(text: str) -> list[str]:
+    """Return the lines that complain of something."""
+    return [line for line in text.splitlines() if re.search("error|warning|Traceback", line)]
+
+
+@runs.needs_fork
+def test_a_full_disk_fails_the_run_only_at_its_end(start, run, tmp_path, unbroken):
+    child = start("--save-minutes", "0", prepare=runs.fill_disk, args=(0, 3))
+    assert child.wait() == 1
+    last, best, error = errors(child.output())  # one line for each file, not for each of the saves
+    folder = tmp_path / "run"
+    assert last.startswith(f"warning: cannot save to {folder / 'last.pt'} (File too large); training continues")
+    assert best.startswith(f"warning: cannot save to {folder / 'best.pt'} (File too large); training continues")
+    assert error.startswith(f"train.py: error: cannot save to {folder / 'best.pt'} (File too large); ")
+    assert "epoch 2/2  training" in child.output()
+    assert runs.read(tmp_path / "run")["step"] == 2 and runs.read(tmp_path / "run", "previous.pt")["step"] == 1
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert run("--resume") == 0
+    runs.assert_same_run(tmp_path / "run", unbroken)
+
+
+@runs.needs_fork
+def test_a_removed_folder_fails_the_run_only_at_its_end(start, tmp_path):
+    child = start(prepare=runs.remove_folder, args=(0, 3))
+    assert child.wait() == 1 and "epoch 2/2  training" in child.output()
+    error, = errors(child.output())
+    assert f"train.py: error: cannot save to {tmp_path / 'run' / 'best.pt'} (No such file or directory); " in error
+
+
+@pytest.mark.parametrize("function", ["replace", "fsync"])
+def test_saving_works_again_after_some_failures(function, run, tmp_path, unbroken, monkeypatch, capsys):
+    original, train_step, bad = getattr(os, function), train.train_step, [(0, 2), (0, 3), (0, 4)]
+
+    def fail_at_times(*args):
+        if (state.epoch, state.step) in bad:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args)
+
+    def note_step(run, now, *batch):
+        nonlocal state
+        train_step(run, now, *batch)
+        state = now
+
+    state = train.Namespace(epoch=0, step=0)
+    monkeypatch.setattr(os, function, fail_at_times)
+    monkeypatch.setattr(train, "train_step", note_step)
+    assert run("--save-minutes", "0") == 0
+    assert capsys.readouterr().err == (f"warning: cannot save to {tmp_path / 'run' / 'last.pt'} (No space left on "
+                                       "device); training continues, the next save tries again\n")
+    runs.assert_same_run(tmp_path / "run", unbroken)
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+def test_a_diverged_run_stops_spoils_nothing_and_is_not_restarted(run, tmp_path, unbroken, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train.train_step)  # which runs.break_loss replaces
+        runs.break_loss(1, 1)
+        assert run("--save-minutes", "0") == 1
+    message = (f"the loss is not finite in epoch 2, step 2, at lr 0.003087; try a smaller --lr, or --precision fp32 "
+               f"(the last checkpoint is {tmp_path / 'run' / 'last.pt'})\n")
+    assert capsys.readouterr().err == f"train.py: error: {message}"
+    assert (tmp_path / "run" / "diverged.txt").read_text() == message
+    saved = runs.read(tmp_path / "run")
+    assert (saved["epoch"], saved["step"]) == (1, 1)
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts it again
+    assert run("--resume", "auto") == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"train.py: error: not restarted: {message}" and printed.out == ""
+    assert runs.difference(runs.read(tmp_path / "run"), saved) is None
+
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    runs.stop(run, "later", "--resume")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # for another reason: that it once diverged is past
+    assert run("--resume", "auto") == 0
+    runs.assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda state: next(state.model.parameters()).data.fill_(float("nan")), lambda state: state.totals.fill_(math.inf),
+    lambda state: state.model.bn1.running_var.fill_(math.inf)], ids=["weight", "sums", "statistics"])
+def test_a_state_that_is_not_finite_is_never_saved(spoil, run, tmp_path, capsys, monkeypatch):
+    """Where the loss is read only at the log interval, a save can come before it."""
+    train_step = train.train_step
+
+    def step_and_spoil(run, state, *batch):
+        train_step(run, state, *batch)
+        if state.step == 2:
+            spoil(state)
+
+    monkeypatch.setattr(train, "train_step", step_and_spoil)
+    monkeypatch.setattr(train, "log_progress", lambda *_: None)
+    assert run("--save-minutes", "0") == 1
+    assert "error: a weight is not finite in epoch 1, step 2, at lr" in capsys.readouterr().err
+    assert runs.read(tmp_path / "run")["step"] == 1

@@ -1,0 +1,116 @@
+"""Messages, exit statuses, atomic writes, and signals before a run has started."""
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+import utils
+
+run, start, small_data, unbroken = runs.run, runs.start, runs.small_data, runs.unbroken  # fixtures
+ROOT = Path(utils.__file__).parent
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and pipes")
+
+# As sitecustomize.py, Python runs it at its start.
+INTERRUPT = """
+import os, sys, threading, time
+
+def stack():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None:
+        yield frame.f_code.co_name
+        frame = frame.f_back
+
+def interrupt():
+    while not {condition}:
+        time.sleep(0.001)
+    os.kill(os.getpid(), {number})
+
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+
+
+@needs_posix
+@pytest.mark.parametrize("condition, number, line, status", [
+    ("'torch' in sys.modules", signal.SIGINT, "interrupted\n", 130),
+    ("'torch' in sys.modules", signal.SIGTERM, "", 143),
+    ("'make_images' in stack()", signal.SIGINT, "interrupted\n", 130)])
+def test_a_signal_while_the_program_starts(condition, number, line, status, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT.format(condition=condition, number=int(number)))
+    done = subprocess.run([sys.executable, "train.py", "--synthetic", "--data-dir", tmp_path, "--output-dir",
+                           tmp_path / "run"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert (done.stdout, done.returncode) == (line, status)
+    assert not (tmp_path / "run").exists()
+
+
+@needs_posix
+def test_nohup_is_respected():
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import utils; utils.exit_on_signals(); "
+    code += "signal.raise_signal(signal.SIGHUP); print('alive')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"alive\n"
+
+
+def test_the_same_ctrl_c_delivered_twice_counts_once(monkeypatch):
+    """As a terminal and torchrun may do."""
+    monkeypatch.setattr(utils.time, "monotonic", lambda: 100.0)
+    with utils.Signals(quiet=True) as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # otherwise it ends this process
+    assert signals.stop == 130
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_run_without_a_stream(stream, run, unbroken, tmp_path, monkeypatch):
+    """As with `>&-`, or without a console on Windows."""
+    monkeypatch.setattr(sys, stream, None)
+    assert run() == 0
+    runs.assert_same_run(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize("error, line, status", [
+    (utils.UserError("two\nlines"), "name: error: two lines\n", 2),
+    (utils.RunError("failed"), "name: error: failed\n", 1),
+    (OSError(errno.ENOSPC, "No space", "args.json"), "name: error: [Errno 28] No space: 'args.json'\n", 1),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "name: error: CUDA out of memory\n",
+     1), (KeyboardInterrupt(), "interrupted\n", 130)], ids=lambda value: type(value).__name__)
+def test_an_error_is_one_line_and_a_status(error, line, status, capsys):
+    def body():
+        raise error
+    assert utils.run_program("name", body) == status
+    assert capsys.readouterr().err == line
+
+
+@needs_posix
+def test_write_text_keeps_links_and_writes_to_pipes(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    utils.write_text(tmp_path / "link", "name-\udcff\n")  # a file name that is not UTF-8
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"name-\xff\n"
+    os.mkfifo(tmp_path / "pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    utils.write_text(tmp_path / "pipe", "line\n")
+    reader.join()
+    assert found == ["line\n"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_file_system_that_cannot_fsync_folders(run, unbroken, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert run() == 0
+    runs.assert_same_run(tmp_path / "run", unbroken)

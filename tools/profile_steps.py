@@ -1,0 +1,63 @@
+"""Profile 20 training steps: `python tools/profile_steps.py [--variants base strong] [flags of train.py]`.
+
+Not named profile.py: in the folder of a running tool that would hide the module of Python that torch.compile needs.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch._inductor.config
+from torch.autograd import DeviceType
+
+import options
+from tools import bench
+from utils import exit_on_signals, print_line, run_program
+
+STEPS, VARIANTS = 20, ("base", "combo_kernels", "cudnn_benchmark_limit_0", "strong")
+
+
+def profile(variant: str, flags: Sequence[str], folder: str) -> int:
+    """Print a variant's speed, its milliseconds per step, and the 25 longest kernels or, on a CPU, operators."""
+    torch.compiler.reset()
+    torch._inductor.config.combo_kernels = variant == "combo_kernels"
+    torch.backends.cudnn.benchmark_limit = 0 if variant == "cudnn_benchmark_limit_0" else 10  # PyTorch's default
+    flags = [f"@{ROOT}/recipes/strong.txt"] * (variant == "strong") + [*flags]
+    images = bench.EPOCH - bench.EPOCH % options.parse_args(flags)[0].batch_size  # only full batches are compiled
+    run, state = bench.build(flags, images, 1, Path(folder))
+    _, rate = (bench.whole_rate(run, state, STEPS) for _ in range(2))  # the first one warms up
+    with torch.profiler.profile() as profiler:
+        bench.whole_rate(run, state, STEPS)
+    run.loader.close()
+    events = [event for event in profiler.key_averages() if "Synchronize" not in event.key]  # which is waiting
+    cpu = [(event.self_cpu_time_total / 1000 / STEPS, event.count / STEPS, event.key) for event in events
+           if event.device_type == DeviceType.CPU]
+    gpu = [(event.self_device_time_total / 1000 / STEPS, event.count / STEPS, event.key) for event in events
+           if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    line = f"{variant}: {rate:.0f} images/s; per step: CPU {sum(ms for ms, *_ in cpu):.2f} ms"
+    if gpu:
+        kernels = sum(count for _, count, key in gpu if not key.startswith("Mem"))  # not copies
+        line += f", GPU {sum(ms for ms, *_ in gpu):.2f} ms in {kernels:.0f} kernels"
+    longest = sorted(gpu or cpu, reverse=True)[:25]
+    print_line("\n".join([line, *(f"{ms:10.3f} ms {count:7.1f} x  {key:.95}" for ms, count, key in longest), ""]))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit status."""
+    parser = options.Parser("profile_steps.py", "[--variants NAME ...] [flags of train.py]",
+                            "Profile 20 training steps.")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help=", ".join(VARIANTS))
+    own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    with tempfile.TemporaryDirectory(prefix="profile-") as folder:
+        return run_program("profile_steps.py", lambda: max(profile(variant, flags, folder) for variant in own.variants))
+
+
+if __name__ == "__main__":
+    exit_on_signals()
+    sys.exit(main())
