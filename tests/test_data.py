@@ -9,13 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torchvision import transforms
 
 import augment
 import cifar10
 import data
 import options
-import trivial_augment
 from distributed import World
 from utils import UserError
 
@@ -104,24 +102,6 @@ def assert_same_batches(found, expected):
     assert len(found) == len(expected)
     for batch, wanted in zip(found, expected, strict=True):
         assert len(batch) == len(wanted) and all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
-
-
-def test_pixels_are_those_of_torchvision():
-    split = make_split()
-    rows = list(zip(*(field.tolist() for field in augment.random_params(70, 5, 2)), strict=True))
-    steps = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))]
-    for flags in ([], ["--trivial-augment"]):
-        batches = batches_of(data.DeviceLoader(split, parse(*flags), "cpu"))
-        inputs, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-        for i, (index, top, left, flip, operation, strength) in enumerate(rows):
-            crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
-            crop.get_params = lambda *_, top=top, left=left: (top, left, 32, 32)
-            image = crop(transforms.ToPILImage()(split.images[index].numpy()))
-            image = transforms.RandomHorizontalFlip(float(flip))(image)
-            if flags:
-                image = trivial_augment.transform_one(transforms.PILToTensor()(image), operation, strength)
-                image = image.permute(1, 2, 0).numpy()
-            assert torch.equal(inputs[i], transforms.Compose(steps)(image)) and targets[i] == split.targets[index]
 
 
 @pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"]])

@@ -107,7 +107,7 @@ def test_deterministic_algorithms(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, the C library of most Linux systems")
 def test_freed_memory_is_kept_for_the_next_step():
     import resource
-    hardware.keep_freed_memory()
+    hardware.set_up_backend(CPU)
     size, faults = 40 * 2**20, []  # glibc itself never keeps blocks above 32 MiB
     for _ in range(20):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -164,62 +164,6 @@ def test_compile_is_the_default_on_cuda_with_triton_only(monkeypatch):
     assert not hardware.can_compile(CPU) and not hardware.can_compile(torch.device("mps"))
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     assert not hardware.can_compile(CUDA)
-
-
-def fail(*_, **__):
-    raise RuntimeError("no C compiler\nand forty more lines")
-
-
-def fail_when_called(function, **_):
-    return fail
-
-
-def fail_after_the_forward_pass(function, **_):
-    return lambda *args: fail(function(*args))
-
-
-def fail_in_the_backward_pass(function, **_):
-    class Fail(torch.autograd.Function):
-        forward = staticmethod(lambda _, loss: loss.clone())
-        backward = staticmethod(fail)
-    return lambda *args: (Fail.apply(function(*args)[0]), function(*args)[1])
-
-
-@pytest.mark.parametrize("compiler", [fail, fail_when_called, fail_after_the_forward_pass, fail_in_the_backward_pass])
-def test_a_compiler_that_fails_costs_one_warning_and_changes_nothing(monkeypatch, run, tmp_path, capsys, compiler):
-    flags = ["--dropout", "0.3", "--ema", "0.9"]
-    assert run(*flags, "--no-compile", folder="eager") == 0
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(torch, "compile", compiler)
-    assert run(*flags, "--compile") == 0
-    printed = capsys.readouterr()
-    assert printed.err == "warning: torch.compile failed (RuntimeError: no C compiler); training without it\n"
-    assert "not compiled" in printed.out
-    runs.assert_same_run(tmp_path / "run", tmp_path / "eager")
-
-
-@pytest.mark.parametrize("mixes", [[], ["--mixup", "1"], ["--cutmix", "1"]])
-def test_full_batches_are_compiled_and_the_trial_leaves_no_trace(monkeypatch, run, tmp_path, mixes):
-    calls, results, flags = [], [], ["--dropout", "0.3", "--ema", "0.9", *mixes]
-    assert run(*flags, "--no-compile", folder="eager") == 0
-
-    def compiler(function, **settings):
-        assert settings == {"dynamic": False, "mode": None}
-
-        def compiled(*args):
-            calls.append([(value.shape, value.dtype, value.stride()) for value in args])
-            assert not mixes or args[1] is not args[2]  # one tensor twice would be compiled as another program
-            for result in results:
-                result.detach().fill_(-1)  # a CUDA graph writes over the results of its last call
-            results[:] = function(*args)
-            return tuple(results)
-        return compiled
-    monkeypatch.setattr(torch, "compile", compiler)
-    assert run(*flags, "--compile") == 0
-    assert len(calls) == 1 + 2 * 3 and len(calls[0]) == (4 if mixes else 2)  # a trial, then all but the last batches
-    assert all(call == calls[0] for call in calls) and calls[0][0][0] == (8, 3, 32, 32)
-    assert runs.read(tmp_path / "run")["environment"]["compile"]
-    runs.assert_same_run(tmp_path / "run", tmp_path / "eager")
 
 
 @pytest.mark.parametrize("frees_gradients", [True, False])

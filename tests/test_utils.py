@@ -59,13 +59,17 @@ def test_nohup_is_respected():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"alive\n"
 
 
+@needs_posix
 def test_the_same_ctrl_c_delivered_twice_counts_once(monkeypatch):
     """As a terminal and torchrun may do."""
-    monkeypatch.setattr(utils.time, "monotonic", lambda: 100.0)
+    times, ended = iter([100.0, 100.4, 100.6]), []
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
     with utils.Signals(quiet=True) as signals:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # otherwise it ends this process
-    assert signals.stop == 130
+        for _ in range(3):
+            assert not ended
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signals.stop == 130 and ended == [signal.SIGINT]
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
