@@ -106,7 +106,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
             source = world.run(lambda: load_checkpoint(args.init_from), only_main=True)
             args, weights = options.merge_model(args, given, source["args"]), source.get("ema") or source["model"]
 
-        device = hardware.select_device(args.device, world.local_rank)
+        device = world.run(lambda: hardware.select_device(args.device, world.local_rank))
         precision = hardware.select_precision(args.precision, device)
         hardware.set_up_backend(device, args.deterministic)
         torch.manual_seed(args.seed)
@@ -267,11 +267,12 @@ def raise_diverged(run: Run, state: TrainState, what: str) -> None:
     """End a run that has diverged, without saving it; every rank calls it, rank 0 prints."""
     message = (f"{what} is not finite in epoch {state.epoch + 1}, step {state.step}, at lr {state.lr:.4g}; try a "
                f"smaller --lr, or --precision fp32 (the last checkpoint is {run.folder.last})")
-    if not run.world.is_main:
-        sys.exit(1)
-    with contextlib.suppress(OSError):  # a restart by torchrun reads it
-        write_text(run.folder.path / "diverged.txt", message + "\n")
-    raise RunError(message)
+
+    def fail() -> None:
+        with contextlib.suppress(OSError):  # a restart by torchrun reads it
+            write_text(run.folder.path / "diverged.txt", message + "\n")
+        raise RunError(message)
+    run.world.run(fail, only_main=True)
 
 
 # --- the end of an epoch, and saving ---------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def keep_best(run: Run, state: TrainState) -> None:
 
 def save(run: Run, state: TrainState, must_succeed: bool = False) -> None:
     """Write the run folder; every rank calls it. A failure is a warning, since the next save may succeed."""
-    if not all_finite([*state.model.state_dict().values(), state.totals]):
+    if run.world.max([int(not all_finite([*state.model.state_dict().values(), state.totals]))])[0]:
         raise_diverged(run, state, "a weight")
     content = state.state_dict(run.world) | {"args": options.saved_args(run.args), "classes": run.eval_split.classes,
                                              "environment": run.environment}
