@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,12 @@ def can_compile(device: torch.device) -> bool:
 def describe(device: torch.device) -> str:
     """Name the device for a person."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def environment(device: torch.device, precision: str, compiled: bool, ranks: int) -> dict[str, Any]:
+    """Return what must be equal for a continuation that is bitwise identical."""
+    return {"device": device.type, "precision": precision, "compile": compiled, "ranks": ranks,
+            "threads": torch.get_num_threads() if device.type == "cpu" else None}
 
 
 def versions() -> dict[str, str]:

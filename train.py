@@ -6,7 +6,6 @@ if __name__ == "__main__":
     exit_on_signals()  # before torch is imported, which takes seconds
 
 import contextlib
-import io
 import json
 import shlex
 import statistics
@@ -61,7 +60,7 @@ class Run:
     @property
     def selected_on(self) -> str:
         """Name of the images that select the best epoch."""
-        return {"val": "validation", "test": "test"}[self.eval_name]
+        return "validation" if self.eval_name == "val" else "test"
 
     def predict_logits(self, state: TrainState, split: data.Split) -> Tensor:
         """Return the logits (N, 10) of a split, computed by all ranks together."""
@@ -75,21 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         if args.summary:
-            return print_summary(args)
+            print_line(models.summarize(options.build_model(args)))
+            return 0
         status = train(args, given)
         distributed.stop()
         return status
     return run_program("train.py", body)
-
-
-def print_summary(args: Namespace) -> int:
-    """Print the torchsummary table of the network."""
-    from torchsummary import summary  # not needed on machines that only train
-
-    with contextlib.redirect_stdout(io.StringIO()) as table:
-        summary(options.build_model(args).eval(), (3, 32, 32), device="cpu")
-    print_line(table.getvalue().rstrip())
-    return 0
 
 
 def train(args: Namespace, given: dict[str, Any]) -> int:
@@ -121,7 +111,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
                   "val" if val_split else "test", build_forward(args, model, device, precision))
         if args.compile if args.compile is not None else hardware.can_compile(device):
             compile_forward(run, state)
-        run.environment = get_environment(run)
+        run.environment = hardware.environment(device, precision, run.compiled_forward is not None, world.size)
         torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
         if checkpoint is not None:
             resume(run, state, checkpoint)
@@ -141,9 +131,6 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
                 return print_stopped(run, state, status)
             finish_run(run, state, test_split)
     return 0
-
-
-# --- an epoch --------------------------------------------------------------------------------------------------------
 
 
 def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:
@@ -200,12 +187,11 @@ def forward_backward(state: TrainState, forward: Callable[..., tuple[Tensor, Ten
 
 def build_forward(args: Namespace, model: nn.Module, device: torch.device, precision: str
                   ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return the function of forward and loss, to be called as it is or compiled."""
+    """Return a function from a batch to its summed loss and its number of correct predictions, both ()."""
     criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=args.label_smoothing)
 
     def forward(inputs: Tensor, targets: Tensor, targets_b: Tensor | None = None, lam: Tensor | None = None
                 ) -> tuple[Tensor, Tensor]:
-        """Return the summed loss and the number of correct predictions, both () on the device."""
         with hardware.autocast(device, precision):
             logits = model(inputs)
             loss = criterion(logits, targets)
@@ -233,10 +219,8 @@ def compile_forward(run: Run, state: TrainState) -> None:
 
 
 def check_signals(run: Run, state: TrainState, signals: Signals) -> tuple[int, bool]:
-    """Agree with all ranks, at the same step, on the exit status to stop with (0: continue) and on saving.
-
-    Alone, and on CPUs, this is done after every step; several GPUs wait for each other only at the log interval.
-    """
+    """Agree with all ranks, at the same step, on the exit status to stop with (0: continue) and on saving."""
+    # several GPUs wait for each other only at the log interval
     often = run.world.size == 1 or run.is_cpu or run.args.save_minutes == 0
     if not often and state.step % run.args.log_interval and state.step < len(run.loader):
         return 0, False
@@ -273,9 +257,6 @@ def raise_diverged(run: Run, state: TrainState, what: str) -> None:
             write_text(run.folder.path / "diverged.txt", message + "\n")
         raise RunError(message)
     run.world.run(fail, only_main=True)
-
-
-# --- the end of an epoch, and saving ---------------------------------------------------------------------------------
 
 
 def finish_epoch(run: Run, state: TrainState) -> None:
@@ -342,15 +323,6 @@ def draw_curves(run: Run, state: TrainState) -> None:
     matrix = evaluate.confusion_matrix(run.logits, run.eval_split.targets).numpy()
     plots.draw_confusion(matrix, run.eval_split.classes, run.folder.path / "confusion.png")
     run.logits = None
-
-
-# --- the start and the end of a run ----------------------------------------------------------------------------------
-
-
-def get_environment(run: Run) -> dict[str, Any]:
-    """Return what must be equal for a continuation that is bitwise identical."""
-    return {"device": run.device.type, "precision": run.precision, "compile": run.compiled_forward is not None,
-            "ranks": run.world.size, "threads": torch.get_num_threads() if run.is_cpu else None}
 
 
 def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:

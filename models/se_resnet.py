@@ -12,6 +12,8 @@ Parameters of the variants, each with num_blocks 4 4 3 and 64 channels:
     pre-activation block, SE after the stem       4,696,974
 """
 
+import contextlib
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -209,3 +211,12 @@ def build_model(*args: Any, max_params: int = 5_000_000, **kwargs: Any) -> SERes
 def count_parameters(model: nn.Module) -> int:
     """Count the trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def summarize(model: nn.Module) -> str:
+    """Return torchsummary's table of layers and parameters."""
+    from torchsummary import summary  # not needed on machines that only train
+
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        summary(model.eval(), (3, 32, 32), device="cpu")
+    return table.getvalue().rstrip()

@@ -21,6 +21,7 @@ import torch
 import cifar10
 import evaluate
 import train
+import utils
 
 NETWORK = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2"]
 # 30 images: 4 steps an epoch, some milliseconds each, the last one with 6 images.
@@ -243,7 +244,8 @@ def at_step(epoch: int, step: int, action: Callable[[train.Run, train.TrainState
 def pause_after(epoch: int, step: int, marker: Path) -> None:
     """Make a marker that names the worker processes at the end of a step, and wait until it is gone."""
     def mark_and_wait(*_):
-        marker.write_text(" ".join(str(process.pid) for process in multiprocessing.active_children()))
+        workers = " ".join(str(process.pid) for process in multiprocessing.active_children())
+        utils.write_text(marker, workers)  # at once: the test reads it as soon as it is there
         wait_for(lambda: not marker.exists())
     at_step(epoch, step, mark_and_wait)
 

@@ -69,7 +69,7 @@ def build(flags: Sequence[str], train_images: int, test_images: int, folder: Pat
         train.compile_forward(run, state)
         if run.compiled_forward is None:
             raise RunError("this program could not be compiled, which makes it slower; measure with --no-compile")
-    run.environment = train.get_environment(run)
+    run.environment = hardware.environment(run.device, run.precision, run.compiled_forward is not None, 1)
     return run, state
 
 
