@@ -117,7 +117,7 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "state of a long text": (UINT8 + b"X\0\0\0\x07" + b"x" * (7 * 2**24) + b"b.", arguments),
         "attribute of a global": (ENCODE + b"N}U\x08__name__Ns\x86b.", "found"),
         "memo index": (b"}r\xff\xff\xff\x7f.", opcode),
-        # The C unpickler drops the AB at the frame's end, reads CDENK as the bytes, and goes on with rNNNN.
+        # The C unpickler drops the AB at the frame's end, reads CDENK as the bytes, and continues with rNNNN.
         "memo index after a frame": (b"\x80\x04\x95\x04" + bytes(7) + b"C\x05ABCDENKrNNNN}.", "no data"),
         "tuples, doubled": (b"})q\0" + b"h\0h\0\x86q\0" * 70 + b"Ns.", opcode),
         "tuples, deep": (b"})" + b"\x85" * 40_000 + b"Ns.", opcode),
