@@ -79,10 +79,10 @@ def find_images(paths: Sequence[str]) -> list[Path]:
             if not found:
                 raise UserError(f"{path}: the folder has no {', '.join(IMAGE_SUFFIXES)} file")
             images += found
-        elif path.suffix.lower() in IMAGE_SUFFIXES or path.read_bytes()[:1] != b"\x80":  # how a pickle starts
-            images.append(path)  # GIF, WebP and others will be refused as images
         else:
-            others.append(path)
+            with open(path, "rb") as file:
+                is_pickle = path.suffix.lower() not in IMAGE_SUFFIXES and file.read(1) == b"\x80"
+            (others if is_pickle else images).append(path)  # GIF, WebP and others will be refused as images
     if images and others:
         raise UserError(f"{others[0]} is a pickle and {images[0]} an image file; their output differs, so label one "
                         "kind at a time")
