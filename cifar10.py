@@ -308,7 +308,10 @@ def _unpack(archive: Path, md5: str, data_dir: Path) -> None:
                 missing.remove(member.name)
         if missing:
             raise UserError(f"{archive}: found no {', '.join(sorted(missing))}")
-        if find_folder(data_dir) is None:  # else another process was faster
+        try:
             os.replace(Path(scratch) / FOLDER, data_dir / FOLDER)
+        except OSError:
+            if find_folder(data_dir) is None:  # else another process was faster
+                raise
     if downloaded:
-        archive.unlink()
+        archive.unlink(missing_ok=True)

@@ -484,6 +484,17 @@ def test_the_faster_of_two_processes_wins(server, data_dir, monkeypatch, own):
     assert_unpacked(data_dir, cifar10.download(data_dir, server.url, MD5), *own)
 
 
+def test_two_processes_unpack_at_the_same_moment(server, data_dir, monkeypatch):
+    replace = os.replace
+
+    def replace_late(source, target):
+        monkeypatch.setattr(cifar10.os, "replace", replace)
+        cifar10._unpack(data_dir / f"{cifar10.ARCHIVE}.part", MD5, data_dir)
+        replace(source, target)
+    monkeypatch.setattr(cifar10.os, "replace", replace_late)
+    assert_unpacked(data_dir, cifar10.download(data_dir, server.url, MD5))
+
+
 def test_an_archive_in_the_folder_is_unpacked(data_dir):
     data_dir.mkdir(parents=True)
     (data_dir / cifar10.ARCHIVE).write_bytes(CONTENT[:-1])
