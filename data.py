@@ -4,7 +4,6 @@ CIFAR-10 is from Learning Multiple Layers of Features from Tiny Images, A. Krizh
 """
 
 import itertools
-import multiprocessing
 import signal
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -92,16 +91,17 @@ def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
 
 def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split]:
     """Read the training, validation (or None) and test images that the flags select."""
-    def read() -> tuple[Split, Split]:
-        return (load_split(args.data_dir, cifar10.TRAIN_FILES, args.synthetic, args.limit_train),
-                load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test))
+    def read() -> tuple[Split, Split | None, Split]:
+        train = load_split(args.data_dir, cifar10.TRAIN_FILES, args.synthetic, args.limit_train)
+        test = load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
+        train, val = hold_out(train, args.val_size) if args.val_size else (train, None)
+        if args.batch_size > len(train.targets):
+            raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the training "
+                            "images")
+        return train, val, test
     # the first rank of each machine goes ahead: it may have to download or draw
     first = world.run(lambda: read() if world.local_rank == 0 else None)
-    train, test = world.run(lambda: first or read())
-    train, val = hold_out(train, args.val_size) if args.val_size else (train, None)
-    if args.batch_size > len(train.targets):
-        raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the training images")
-    return train, val, test
+    return world.run(lambda: first or read())
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ class DeviceLoader(Loader):
 
 
 class WorkersLoader(Loader):
-    """The published way: torchvision's transforms, image by image, in `workers` processes (0: in this one)."""
+    """Loads like the published code: torchvision's transforms per image, in `workers` processes (0: in this one)."""
 
-    def __init__(self, *args, workers: int, start_method: str | None = None, **kwargs):
+    def __init__(self, *args, workers: int, **kwargs):
         super().__init__(*args, **kwargs)
         # A batch sampler that is refilled every epoch. It hands each image's random parameters to the workers, which
         # therefore need no epoch or random state of their own.
@@ -203,7 +203,6 @@ class WorkersLoader(Loader):
         self.loader = DataLoader(
             ImageDataset(self.images, self.targets, self.args), batch_sampler=self.batches, num_workers=workers,
             persistent_workers=workers > 0, collate_fn=collate, worker_init_fn=ignore_signals,
-            multiprocessing_context=multiprocessing.get_context(start_method) if workers else None,
             generator=torch.Generator(),  # for worker seeds, which nothing uses: leave the run's generator alone
             pin_memory=self.device.type == "cuda")
 

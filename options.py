@@ -1,6 +1,7 @@
 """The flags: groups that the programs share, defaults, and which flags exclude each other."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -78,7 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line instead of the usage, and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        first = os.environ.get("RANK", "0") == "0"  # torchrun starts every rank with the same mistake
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if first else None)
 
 
 def at_least(minimum: float, kind: type = int, below: float = float("inf")) -> Callable[[str], float]:
@@ -119,7 +121,7 @@ def add_hardware_flags(parser: Parser, only: Collection[str] | None = None) -> N
     flag("--precision", "auto", "auto, fp32, bf16 or fp16; auto is bf16 where the hardware computes it natively",
          choices=("auto", *PRECISIONS), metavar="P")
     flag("--workers", 0, "0: the data set lives on the device and batches are made there; N: torchvision transforms "
-         "in N worker processes, as published", type=at_least(0), metavar="N")
+         "in N worker processes, like the published code", type=at_least(0), metavar="N")
     flag("--compile", None, "torch.compile (default: on for CUDA)", action=argparse.BooleanOptionalAction)
     flag("--deterministic", False, "bitwise repeatable on CUDA, more slowly; CPUs are always repeatable")
 
@@ -202,7 +204,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, 
             for name in ("overwrite", "init_from"):
                 if given.get(name):
                     raise UserError(f"--resume continues a run; leave out {flag_of(name)}")
-        if args.resume in (None, "auto"):  # otherwise the checkpoint has a say
+        if args.resume in (None, "auto"):  # otherwise the settings come from the checkpoint
             check_training(args, given)
     except UserError as error:
         parser.error(str(error))

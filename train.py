@@ -90,19 +90,20 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         checkpoint = world.run(lambda: open_run(folder, file, args), only_main=True)
         weights = None
         if checkpoint is not None:
-            args = options.merge_resumed(args, given, checkpoint["args"])
+            args = world.run(lambda: options.merge_resumed(args, given, checkpoint["args"]))
             hardware.restore_threads(checkpoint["environment"]["threads"])
         elif args.init_from:
             source = world.run(lambda: load_checkpoint(args.init_from), only_main=True)
-            args, weights = options.merge_model(args, given, source["args"]), source.get("ema") or source["model"]
+            args = world.run(lambda: options.merge_model(args, given, source["args"]))
+            weights = source.get("ema") or source["model"]
 
         device = world.run(lambda: hardware.select_device(args.device, world.local_rank))
         precision = hardware.select_precision(args.precision, device)
         hardware.set_up_backend(device, args.deterministic)
         torch.manual_seed(args.seed)
-        model = options.build_model(args).to(device, memory_format=torch.channels_last)
+        model = world.run(lambda: options.build_model(args)).to(device, memory_format=torch.channels_last)
         if weights is not None:
-            load_weights(model, weights, args.init_from)
+            world.run(lambda: load_weights(model, weights, args.init_from))
 
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
@@ -277,7 +278,7 @@ def finish_epoch(run: Run, state: TrainState) -> None:
     if run.world.is_main:
         row = state.history[-1]
         print_line(f"epoch {state.epoch}/{run.args.epochs}  training loss {train_loss:.4f}, accuracy "
-                   f"{train_accuracy:.2f} %  {run.selected_on} loss {loss:.4f}, accuracy {accuracy:.2f} %  "
+                   f"{train_accuracy:.2f}%  {run.selected_on} loss {loss:.4f}, accuracy {accuracy:.2f}%  "
                    f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s")
 
 
@@ -327,7 +328,7 @@ def draw_curves(run: Run, state: TrainState) -> None:
 
 def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
     """Continue from a checkpoint; warn where the continuation cannot be bitwise identical."""
-    state.load_state_dict(checkpoint, run.world, run.folder.path)
+    run.world.run(lambda: state.load_state_dict(checkpoint, run.world, run.folder.path))
     before, now = checkpoint["environment"], run.environment
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if state.epoch == run.args.epochs:  # results.json describes the training
@@ -385,10 +386,10 @@ def finish_run(run: Run, state: TrainState, test_split: data.Split) -> None:
                "device": hardware.describe(run.device), "versions": hardware.versions()}
     write_text(run.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
     evaluate.draw_pictures(run.folder.path, logits, test_split)
-    note = (f"test accuracy of best.pt {test_accuracy:.2f} %; the test set was used this once"
+    note = (f"test accuracy of best.pt {test_accuracy:.2f}%; the test set was used this once"
             if run.eval_name == "val" else
             "the best epoch was selected on the test set, so its accuracy is optimistic; --val-size avoids that")
-    print_line(f"{run.selected_on} accuracy: last epoch {last_accuracy:.2f} %, best {best['accuracy']:.2f} % "
+    print_line(f"{run.selected_on} accuracy: last epoch {last_accuracy:.2f}%, best {best['accuracy']:.2f}% "
                f"(epoch {best['epoch']})\n{note}\n{seconds / 60:.1f} minutes, {rate:.0f} images/s; weights, metrics "
                f"and pictures are in {run.folder.path}")
 

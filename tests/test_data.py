@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 import time
 from collections import Counter
@@ -20,6 +21,14 @@ from utils import UserError
 FLAGS = ("--augment", "--normalize", "--trivial-augment")
 ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method fork")
+
+
+@pytest.fixture
+def use_start_method():
+    """Set the start method of worker processes for one test."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield lambda name: multiprocessing.set_start_method(name, force=True)
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture
@@ -126,10 +135,11 @@ def test_batches_are_mixed_with_the_image_before():
 @pytest.mark.parametrize(("start_method", "workers"), [
     pytest.param("fork", 1, marks=needs_fork), pytest.param("fork", 2, marks=needs_fork),
     pytest.param("spawn", 2, marks=pytest.mark.slow)])  # each worker imports torch
-def test_worker_processes_yield_the_same_in_later_epochs_too(start_method, workers):
+def test_worker_processes_yield_the_same_in_later_epochs_too(use_start_method, start_method, workers):
+    use_start_method(start_method)
     settings = (make_split(), parse(*ALL), "cpu")
     expected = data.DeviceLoader(*settings)
-    with contextlib.closing(data.WorkersLoader(*settings, workers=workers, start_method=start_method)) as loader:
+    with contextlib.closing(data.WorkersLoader(*settings, workers=workers)) as loader:
         for epoch, first_step in ((0, 0), (1, 3), (2, 0)):  # the workers persist, and must not keep an old epoch
             assert_same_batches(batches_of(loader, epoch, first_step), batches_of(expected, epoch, first_step))
 
@@ -168,7 +178,7 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
 
 
 @needs_fork
-def test_a_stuck_worker_is_killed(monkeypatch):
+def test_a_stuck_worker_is_killed(monkeypatch, use_start_method):
     """It ignores SIGTERM, like every worker, and so would also hang the exit of the program."""
     getitem, last = data.ImageDataset.__getitem__, augment.random_params(70, 5, 0).index[-1]
 
@@ -176,9 +186,10 @@ def test_a_stuck_worker_is_killed(monkeypatch):
         while params[0] == last:
             time.sleep(60)
         return getitem(self, params)
+    use_start_method("fork")
     monkeypatch.setattr(data.ImageDataset, "__getitem__", get_or_hang)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # patience with slow workers
-    loader = data.WorkersLoader(make_split(), parse(batch_size=35), "cpu", workers=2, start_method="fork")
+    loader = data.WorkersLoader(make_split(), parse(batch_size=35), "cpu", workers=2)
     batches = loader.epoch(0)
     next(batches)
     workers = list(loader.loader._iterator._workers)

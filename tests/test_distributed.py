@@ -255,6 +255,23 @@ def test_an_error_on_one_rank_ends_all_with_one_line(flags, tmp_path, break_file
     assert len(errors) == 1 and re.match(f"train.py: error: {line}", errors[0]), outputs
 
 
+@pytest.mark.parametrize(("mistake", "line"), [
+    (["--lr", "x"], "argument --lr: invalid float value: 'x'"),
+    (["--max-params", "9"], r"the network has .* above --max-params \(9\)"),
+    (["--batch-size", "34"], r"--batch-size \(34\) must be at most 33"),
+    (["--resume", "auto", "--lr", "0.5"], "--lr 0.5 differs from the checkpoint's 0.02"),
+])
+def test_a_mistake_that_every_rank_finds_is_one_line(flags, tmp_path, mistake, line):
+    places = ["--data-dir", tmp_path, "--output-dir", tmp_path / "run"]
+    write_data(tmp_path, 33)
+    if "--resume" in mistake:
+        assert train.main([*map(str, [*flags, *places]), "--epochs", "1"]) == 0
+    found, outputs = run_ranks([*flags, *places, *mistake], tmp_path, print)
+    assert found == [2, 2], outputs
+    errors = re.findall(r"^train\.py: error: .*$|^Traceback.*$", "".join(outputs), re.M)
+    assert len(errors) == 1 and re.match(f"train.py: error: {line}", errors[0]), outputs
+
+
 class Vote(World):
     """One of two ranks, which votes alone."""
 

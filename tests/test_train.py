@@ -294,12 +294,12 @@ def test_lines_and_metrics(run, tmp_path, capsys):
         assert float(row["lr"]) == pytest.approx(lr, rel=1e-5)
         assert float(row["images_per_second"]) == pytest.approx(30 / float(row["seconds"]), rel=0.5)
         assert line == (f"epoch {epoch}/2  training loss {float(row['train_loss']):.4f}, accuracy "
-                        f"{float(row['train_accuracy']):.2f} %  test loss {float(row['test_loss']):.4f}, accuracy "
-                        f"{float(row['test_accuracy']):.2f} %  lr {lr:.4g}  {float(row['images_per_second']):.0f} "
+                        f"{float(row['train_accuracy']):.2f}%  test loss {float(row['test_loss']):.4f}, accuracy "
+                        f"{float(row['test_accuracy']):.2f}%  lr {lr:.4g}  {float(row['images_per_second']):.0f} "
                         "images/s")
     accuracies = [float(row["test_accuracy"]) for row in rows]
     best = accuracies.index(max(accuracies))
-    assert lines[7] == (f"test accuracy: last epoch {accuracies[-1]:.2f} %, best {accuracies[best]:.2f} % "
+    assert lines[7] == (f"test accuracy: last epoch {accuracies[-1]:.2f}%, best {accuracies[best]:.2f}% "
                         f"(epoch {best + 1})")
     assert "selected on the test set" in lines[8] and str(folder) in lines[9] and len(lines) == 10
     results = json.loads((folder / "results.json").read_text())
@@ -312,7 +312,7 @@ def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkey
     monkeypatch.setattr(evaluate, "score", lambda logits, targets: (1.0, next(accuracies)))
     assert run("--val-size", "10") == 0
     assert "10 validation images" in (out := capsys.readouterr().out)
-    assert "validation accuracy: last epoch 40.00 %, best 50.00 % (epoch 1)\ntest accuracy of best.pt 30.00 %" in out
+    assert "validation accuracy: last epoch 40.00%, best 50.00% (epoch 1)\ntest accuracy of best.pt 30.00%" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["test_weights"], results["selected_on"], results["best_epoch"]) == ("best", "validation", 1)
     assert all(row["test_loss"] is row["test_accuracy"] is None for row in runs.read(tmp_path / "run")["history"])
