@@ -19,7 +19,7 @@ test-slow: .venv/requirements-dev  ## the slow tests
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 
-bench: .venv/requirements  ## speed of this program and of the published way
+bench: .venv/requirements  ## speed of this program and of the published code
 	$(BIN)/python tools/bench.py
 
 clean:

@@ -110,7 +110,7 @@ def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
 
 
 class CheckpointInfo(NamedTuple):
-    """What a checkpoint says about its network."""
+    """Classes, normalization and settings of a checkpoint."""
 
     classes: list[str]
     normalize: bool
@@ -173,13 +173,13 @@ def run(argv: Sequence[str] | None = None) -> int:
     logits = predict_logits(model, test.images, device, hardware.select_precision(args.precision, device),
                             info.normalize, args.tta)
     loss, accuracy = score(logits, test.targets)
-    print_line(f"{args.checkpoint}: test accuracy {accuracy:.2f} %, loss {loss:.4f}, {len(test.targets):,} images"
+    print_line(f"{args.checkpoint}: test accuracy {accuracy:.2f}%, loss {loss:.4f}, {len(test.targets):,} images"
                + (", averaged over horizontal flips" if args.tta else ""))
     print_line(f"{'class':<12}{'images':>8}{'precision':>11}{'recall':>9}")
     for row in per_class(logits, test.targets, test.classes):
         cells = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("precision", "recall"))
         print_line("{:<12}{:>8}{:>11}{:>9}".format(row["class"], row["count"], *cells))
-    print_line(f"expected calibration error {calibration_error(logits, test.targets):.2f} %")
+    print_line(f"expected calibration error {calibration_error(logits, test.targets):.2f}%")
     if args.output_dir:
         draw_pictures(Path(args.output_dir), logits, test)
         print_line(f"confusion.png and mistakes.png are in {args.output_dir}")

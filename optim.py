@@ -31,7 +31,7 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, mo
         settings["momentum"] = momentum
     if name == "sgd":
         settings["nesterov"] = nesterov
-    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; for the others torch picks foreach
+    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; torch selects foreach for the others
         settings["fused"] = parameters[0].device.type in ("cuda", "cpu")
     optimizer = OPTIMIZERS[name][0](parameters, **settings)
     if name == "sgd" and momentum:  # torch's fused form leaves them unset if fp16 overflows in the first step
@@ -58,7 +58,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch
     """Build the schedule, to be stepped after every optimizer step.
 
     `onecycle` is torch's OneCycleLR (arXiv 1708.07120) with its defaults: the learning rate rises from 1/25 to 1 over
-    30 % of the steps and falls to 1/250000, while momentum (Adam's beta1) falls from 0.95 to 0.85 and rises again.
+    30% of the steps and falls to 1/250000, while momentum (Adam's beta1) falls from 0.95 to 0.85 and rises again.
     """
     total = epochs * steps_per_epoch
     if name == "onecycle":

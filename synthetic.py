@@ -1,7 +1,7 @@
 """Generated images in CIFAR-10's format: six shapes and four textures.
 
-They let every program run without a download. They are much easier than photographs, so accuracy on them says nothing
-about accuracy on CIFAR-10.
+They let every program run without a download. They are much easier than photographs, so accuracy on them does not
+predict accuracy on CIFAR-10.
 """
 
 from collections.abc import Sequence

@@ -84,7 +84,7 @@ def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, 
     assert run_evaluate("--limit-test", "8") == 0
     first, header, *rows, last = capsys.readouterr().out.splitlines()
     scores = plain_scores(expected[:8], test_set.targets[:8])
-    assert first.endswith("last.pt: test accuracy {} %, loss {}, 8 images".format(*scores))
+    assert first.endswith("last.pt: test accuracy {}%, loss {}, 8 images".format(*scores))
     assert header.split() == ["class", "images", "precision", "recall"]
     for name, count, row in zip(test_set.classes, test_set.targets[:8].bincount(minlength=10), rows, strict=True):
         recall = "[0-9.]+" if count else "-"

@@ -141,7 +141,7 @@ def test_the_average_forgets_the_initial_weights(decay, steps):
         update_ema(ema_model, model, decay, step)
     left = ema_model.weight.item()  # of the initial 1
     assert left == pytest.approx(math.prod(min(decay, (1 + step) / (10 + step)) for step in range(steps)), rel=1e-4)
-    assert left < 1e-6  # 0.999 alone would leave 79 %
+    assert left < 1e-6  # 0.999 alone would leave 79%
 
 
 def test_averaged_weights_are_evaluated_and_saved(run, monkeypatch, tmp_path):

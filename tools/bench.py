@@ -1,4 +1,4 @@
-"""Measure how fast this program trains, beside the published way: `python tools/bench.py --json cpu.json`.
+"""Measure how fast this program trains, beside the published code: `python tools/bench.py --json cpu.json`.
 
 Whatever is compared is measured in turns in one run, so that a machine that gets busier changes both sides of a ratio.
 The images are random bytes: no time depends on their content. Files go to a temporary folder.
@@ -38,12 +38,12 @@ from utils import RunError, Signals, UserError, exit_on_signals, print_line, run
 EPOCH, TEST_SET = 50_000, 10_000  # images
 EXTRAS = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add
 # Five minutes at most; with --quick about one, or two on CUDA, for compiling. Batch size, unless it is given; rounds,
-# after one that warms up; steps at the end of an epoch, of this program, of the published way, and with ten times the
-# images (whose random parameters are all made before the first of these steps); test images; size of the matrices.
-Counts = namedtuple("Counts", "batch_size repeats steps published_steps ten_steps test_images size")
-COUNTS = {("cpu", False): Counts(128, 3, 1, 1, 1, 500, 4096), ("cpu", True): Counts(32, 2, 1, 1, 1, 125, 2048),
-          ("cuda", False): Counts(128, 3, 391, 100, 1173, TEST_SET, 8192),
-          ("cuda", True): Counts(128, 1, 391, 50, 391, TEST_SET, 8192)}
+# after one that warms up; steps at the end of an epoch, of this program and of the published code; test images; size of
+# the matrices.
+Counts = namedtuple("Counts", "batch_size repeats steps published_steps test_images size")
+COUNTS = {("cpu", False): Counts(128, 2, 1, 1, 250, 4096), ("cpu", True): Counts(32, 2, 1, 1, 125, 2048),
+          ("cuda", False): Counts(128, 3, 391, 100, TEST_SET, 8192),
+          ("cuda", True): Counts(128, 1, 391, 50, TEST_SET, 8192)}
 Rows = dict[str, np.ndarray]  # a name, which ends in the unit, and the values of all rounds
 
 
@@ -74,14 +74,14 @@ def build(flags: Sequence[str], train_images: int, test_images: int, folder: Pat
 
 
 def published_step(run: Run, state: TrainState, inputs: Tensor, *targets: Tensor) -> None:
-    """Take a step the published way, which waits for the device three times."""
+    """Take a step like the published code, which waits for the device three times."""
     train_step(run, state, inputs.contiguous(), *targets)  # the copy takes less than a thousandth of the step
     for index in (0, 1, 0):  # the published loop reads the loss, the correct predictions, and the loss again
         state.totals[index].item()
 
 
 def serve_published(steps: str, train_images: str, test_images: str, folder: str, *flags: str) -> None:
-    """Measure the published way once per line of standard input, in a process with settings and memory of its own.
+    """Measure the published code once per line of standard input, in a process with settings and memory of its own.
 
     Its images come from torchvision in worker processes; fp32, NCHW, an optimizer that is not fused, no compiling.
     """
@@ -201,15 +201,7 @@ def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path
         if device.type == "cuda":  # forget what cuDNN's trials of algorithms took
             torch.cuda.reset_peak_memory_stats(device)
             whole_rate(run, state, counts.steps)
-        yield "memory", {"peak memory of training, MB": [before := peak_memory(device)]}
-
-        ten = copy.copy(run)
-        with contextlib.closing(data.build_loader(random_split(10 * images), args, device, World())) as ten.loader:
-            rows = in_turns(repeats, {"50,000 images, images/s": lambda: whole_rate(run, state, counts.steps),
-                                      "500,000 images, images/s": lambda: whole_rate(ten, state, counts.ten_steps)})
-            growth = 1e6 * (peak_memory(device) - before) / ten.loader.images.nbytes
-        yield "ten times the images", {**rows, "speed, 500,000 : 50,000": np.divide(*reversed(rows.values())),
-                                       "memory growth : bytes of the images": [growth]}
+        yield "memory", {"peak memory of training, MB": [peak_memory(device)]}
 
         split = data.Split(run.loader.images.cpu(), run.loader.targets.cpu(), [])
         one, several = (data.WorkersLoader(split, args, device, workers=workers) for workers in (0, cores))
@@ -234,7 +226,7 @@ def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path
 
 
 def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: Counts) -> Rows:
-    """Measure this program with and without the extras, the published way, and the hardware, all in turns."""
+    """Measure this program with and without the extras, the published code, and the hardware, all in turns."""
     build_args, device = (len(run.loader.targets), counts.test_images, run.folder.path), run.device
     extras = build([*flags, *EXTRAS], *build_args)
     a, b = torch.randn(2, counts.size, counts.size, device=device)
@@ -244,22 +236,22 @@ def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: 
                "this program with extras, images/s": lambda: whole_rate(*extras, counts.steps),
                "large matrix product, GFLOP/s": lambda: 2e-9 * counts.size**3 / seconds(device, lambda: c @ d, 5),
                "copy of a large tensor, GB/s": lambda: 2e-9 * a.nbytes / seconds(device, lambda: b.copy_(a), 20)}
-    ways = {"published way": "tf32\n"} | ({"published way, TF32 off": "\n"} if device.type == "cuda" else {})
+    sides = {"published code": "tf32\n"} | ({"published code, TF32 off": "\n"} if device.type == "cuda" else {})
     command = [sys.executable, __file__, "--published", counts.published_steps, *build_args, *flags]
     with contextlib.closing(extras[0].loader), subprocess.Popen(
             list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
         rows = in_turns(counts.repeats, actions | {
-            f"{way}, images/s": lambda line=line: child.stdin.write(line) and float(child.stdout.readline())
-            for way, line in ways.items()})
+            f"{side}, images/s": lambda line=line: child.stdin.write(line) and float(child.stdout.readline())
+            for side, line in sides.items()})
     ours, bare, with_extras, product, bandwidth, *published = rows.values()
     gflop, gbytes = training_cost(state.model, run.precision, run.compiled_forward is not None)
     bound = 1 / (gflop / product + gbytes / bandwidth)
     return rows | {"this program : bare steps": ours / bare, "time with extras : without": ours / with_extras,
-                   **{f"this program : {way}": ours / rate for way, rate in zip(ways, published, strict=True)},
+                   **{f"this program : {side}": ours / rate for side, rate in zip(sides, published, strict=True)},
                    "arithmetic, GFLOP per image": [gflop],
-                   "share of the product's rate, %": 100 * gflop * ours / product,
+                   "fraction of the product's rate, %": 100 * gflop * ours / product,
                    "batch norm and ReLU, GB per image": [gbytes],
-                   "bound by arithmetic and memory, images/s": bound, "share of the bound, %": 100 * ours / bound}
+                   "bound by arithmetic and memory, images/s": bound, "fraction of the bound, %": 100 * ours / bound}
 
 
 def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:

@@ -6,7 +6,7 @@ that it is the same for every device; pixelate and JPEG run in Pillow, also on t
 
 Checked against the published code (SciPy 1.17, scikit-image 0.26, OpenCV 5.0, ImageMagick 6.9) with the same random
 numbers on 300 test images: pixels are equal or 1 apart, except in glass blur (up to 2), 2 images of spatter (up to 14)
-and elastic transform (1.4 % of the values up to 5 apart, because OpenCV 4.5 uses fixed point). Frost is missing,
+and elastic transform (1.4% of the values up to 5 apart, because OpenCV 4.5 uses fixed point). Frost is missing,
 because it needs photographs. Spatter without a drop changes nothing, where the published code divides by zero.
 """
 

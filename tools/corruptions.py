@@ -112,12 +112,12 @@ def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, An
                "mean_of_extra": float(np.mean(extra)) if extra else None,
                "left_out": [name for name in MAIN_NAMES if name not in accuracy] if main else []}
     if main:
-        print_line(f"mean accuracy {summary['mean']:.2f} % over {len(main)} of the {len(MAIN_NAMES)} main corruptions")
+        print_line(f"mean accuracy {summary['mean']:.2f}% over {len(main)} of the {len(MAIN_NAMES)} main corruptions")
     if summary["left_out"]:
         reason = "not in the folder" if published else "needs photographs, so it cannot be generated"
         print_line(f"missing from the mean: {', '.join(summary['left_out'])} ({reason})")
     if extra:
-        print_line(f"mean accuracy {summary['mean_of_extra']:.2f} % over {len(extra)} extra corruptions")
+        print_line(f"mean accuracy {summary['mean_of_extra']:.2f}% over {len(extra)} extra corruptions")
     if not published:
         print_line("the random numbers differ from CIFAR-10-C's; use --test-dir to compare with published results")
     return {**summary, "accuracy": accuracy}
