@@ -241,8 +241,16 @@ def fail(*_, **__):
     raise RuntimeError("no C compiler\nand forty more lines")
 
 
-@pytest.mark.parametrize("broken", [fail, lambda *_, **__: fail, lambda function, **_: lambda *a: fail(function(*a))],
-                         ids=["at once", "when called", "after the forward pass"])
+def fail_backward(loss, correct):
+    """Let the gradient of the logits, which the loss is computed from, fail."""
+    loss.grad_fn.register_hook(fail)
+    return loss, correct
+
+
+@pytest.mark.parametrize("broken", [
+    fail, lambda *_, **__: fail, lambda function, **_: lambda *a: fail(function(*a)),
+    lambda function, **_: lambda *a: fail_backward(*function(*a))],
+    ids=["at once", "when called", "after the forward pass", "in the backward pass"])
 def test_a_compiler_that_fails_costs_one_line(broken, run, unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     assert run("--compile") == 0
