@@ -107,7 +107,7 @@ def add_data_flags(parser: Parser, only: Collection[str] | None = None) -> None:
     flag = parser.group("data", only)
     flag("--data-dir", "data", "folder that holds cifar-10-batches-py, or that folder itself; CIFAR-10 is downloaded "
          "to it if it is not there", metavar="DIR")
-    flag("--synthetic", False, "generated images instead of CIFAR-10; no download")
+    flag("--synthetic", False, "use generated images instead of CIFAR-10, without a download")
     flag("--val-size", 0, "training images held out to select best.pt; 0 selects it on the test set",
          type=at_least(0), metavar="N")
     flag("--limit-train", None, "use the first N training images (default: all)", type=positive, metavar="N")
@@ -134,8 +134,8 @@ def build_parser() -> Parser:
                      "python train.py --resume checkpoints/v"])
     flag = parser.group("run")
     flag("--output-dir", "checkpoints/se-resnet", "run folder", metavar="DIR")
-    flag("--resume", None, "continue the run in --output-dir; auto: or start it if there is none; PATH: a run folder, "
-         "or last.pt or previous.pt in one", nargs="?", const="last", metavar="auto|PATH")
+    flag("--resume", None, "continue the run in --output-dir; auto: start it if there is none yet; PATH: continue this "
+         "run folder, or last.pt or previous.pt in one", nargs="?", const="last", metavar="auto|PATH")
     flag("--init-from", None, "start a new run from the weights of this checkpoint", metavar="FILE")
     flag("--overwrite", False, "replace an existing run in --output-dir")
     flag("--save-minutes", 1.0, "minutes between checkpoints; 0 saves after every step", type=at_least(0, float),
@@ -148,23 +148,24 @@ def build_parser() -> Parser:
     flag("--channels", 64, "channels of the first stage, doubled in each further one", type=int, metavar="N")
     flag("--kernel-sizes", [3], "kernel size of the blocks, one for all stages or one each", type=int, nargs="+",
          metavar="K")
-    flag("--shortcut-kernel-sizes", [1], "kernel size of the shortcuts, likewise", type=int, nargs="+", metavar="K")
-    flag("--dropout", 0.0, "probability after each block and before the linear layer", type=float, metavar="P")
+    flag("--shortcut-kernel-sizes", [1], "kernel size of the shortcuts, one for all stages or one each",
+         type=int, nargs="+", metavar="K")
+    flag("--dropout", 0.0, "dropout probability after each block and before the linear layer", type=float, metavar="P")
     flag("--block", "basic", "basic, or preact (arXiv 1603.05027)", choices=tuple(models.BLOCKS), metavar="KIND")
     flag("--se", "stem", "squeeze-and-excitation after the stem, in each block, or none", choices=models.SE_PLACES,
          metavar="PLACE")
-    flag("--se-reduction", 16, "channels per squeezed channel", type=int, metavar="N")
+    flag("--se-reduction", 16, "reduction ratio of squeeze-and-excitation", type=int, metavar="N")
     flag("--max-params", 5_000_000, "refuse a network with more parameters; 0 is no limit", type=at_least(0),
          metavar="N")
     add_optimization_flags(parser)
     flag = parser.group("augmentation")
     flag("--augment", True, "random crop with reflect padding, and random horizontal flip")
     flag("--normalize", True, "subtract the published mean and divide by the published std")
-    flag("--trivial-augment", False, "one more random operation on each image (arXiv 2103.10158)")
-    flag("--mixup", 0.0, "blend pairs of images, weights from Beta(A, A); 0 is off", type=at_least(0, float),
+    flag("--trivial-augment", False, "also apply one random operation to each image, TrivialAugment (arXiv 2103.10158)")
+    flag("--mixup", 0.0, "MixUp: blend pairs of images with weights from Beta(A, A); 0 is off", type=at_least(0, float),
          metavar="A")
-    flag("--cutmix", 0.0, "paste boxes between pairs of images, area from Beta(A, A); 0 is off; with --mixup, each "
-         "batch uses one of them", type=at_least(0, float), metavar="A")
+    flag("--cutmix", 0.0, "CutMix: paste boxes between pairs of images, with areas from Beta(A, A); 0 is off; "
+         "with --mixup, each batch uses one of the two", type=at_least(0, float), metavar="A")
     add_hardware_flags(parser)
     return parser
 
@@ -173,7 +174,7 @@ def add_optimization_flags(parser: Parser) -> None:
     """Add the flags of optimizer, schedule and loss."""
     flag = parser.group("optimization")
     flag("--epochs", 200, "passes over the training set", type=positive, metavar="N")
-    flag("--batch-size", 128, "images per step, over all ranks together", type=positive, metavar="N")
+    flag("--batch-size", 128, "images per step, summed over all ranks", type=positive, metavar="N")
     flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS), metavar="NAME")
     flag("--lr", None, "highest learning rate (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=at_least(0, float),
