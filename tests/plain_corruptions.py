@@ -4,7 +4,6 @@ A function takes an image (32, 32, 3) in [0, 1], an iterator over its random num
 """
 
 import colorsys
-import heapq
 import io
 import math
 
@@ -25,10 +24,6 @@ def impulse_noise(x, numbers, amount):
     return np.where(chance < amount / 2, 1, np.where(chance < amount, 0, x))
 
 
-def speckle_noise(x, numbers, scale):
-    return x * (1 + scale * next(numbers).transpose(1, 2, 0))
-
-
 def correlate(x, kernel, mode):
     """Filter (32, 32, ...) with a square kernel of odd size; `mode` is that of np.pad."""
     reach = len(kernel) // 2
@@ -43,10 +38,6 @@ def gaussian_kernel(sigma, reach):
 
 def smooth(x, sigma, truncate=4, mode="edge"):
     return correlate(x, gaussian_kernel(sigma, int(truncate * sigma + 0.5)), mode)
-
-
-def gaussian_blur(x, numbers, sigma):
-    return smooth(x, sigma)
 
 
 def defocus_blur(x, numbers, radius, sigma):
@@ -127,67 +118,12 @@ def snow(x, numbers, mean, scale, factor, threshold, radius, sigma, keep):
     return keep * x + (1 - keep) * np.maximum(x, gray * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
 
 
-def canny(x):
-    """Find edges: gradient, non-maximum suppression in four directions, hysteresis with thresholds 50 and 150."""
-    sobel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    right, down = correlate(x, sobel, "edge"), correlate(x, sobel.T, "edge")
-    size = np.pad(np.abs(right) + np.abs(down), 1)
-    ridge = set()
-    for i, j in np.ndindex(32, 32):
-        angle = math.degrees(math.atan2(abs(down[i, j]), abs(right[i, j])))
-        a, b = (0, 1) if angle < 22.5 else (1, 0) if angle > 67.5 else (1, 1 if right[i, j] * down[i, j] >= 0 else -1)
-        here, before, after = size[i + 1, j + 1], size[i + 1 - a, j + 1 - b], size[i + 1 + a, j + 1 + b]
-        if here > 50 and here > before and (here > after or here == after and 0 in (a, b)):
-            ridge.add((i, j))
-    stack = [(i, j) for i, j in ridge if size[i + 1, j + 1] > 150]
-    edges = set(stack)
-    while stack:
-        i, j = stack.pop()
-        new = {(i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & ridge - edges
-        edges |= new
-        stack += new
-    return edges
-
-
-def chamfer(edges):
-    """Compute distances by Dijkstra's algorithm, with the steps of a chess king and knight."""
-    distance, queue = np.full((32, 32), 20.0), [(0.0, i, j) for i, j in edges]
-    while queue:
-        d, i, j = heapq.heappop(queue)
-        if d < distance[i, j]:
-            distance[i, j] = d
-            for a, b in np.ndindex(5, 5):
-                cost = {1: 1, 2: 1.4, 5: 2.1969}.get((a - 2) ** 2 + (b - 2) ** 2)
-                if cost and 0 <= i + a - 2 < 32 and 0 <= j + b - 2 < 32:
-                    heapq.heappush(queue, (d + cost, i + a - 2, j + b - 2))
-    return distance
-
-
-def spatter(x, numbers, mean, scale, sigma, threshold, amount, mud):
-    drops = smooth(mean + scale * next(numbers), sigma)
-    if mud:
-        opacity = smooth((drops > threshold) * 1.0, amount)[..., None]
-        return np.where(opacity < 0.8, x, (1 - opacity) * x + opacity * np.array([63, 42, 20]) / 255)
-    drops = np.floor(np.where(drops < threshold, 0, drops) * 255 + 1e-3) % 256  # C cast to bytes
-    mean_of_9 = np.full((3, 3), 1 / 9)
-    relief = np.floor(correlate(chamfer(canny(drops)), mean_of_9, "reflect") + 1e-9)
-    first = (relief == relief.min()).sum()
-    relief = np.array([[round(255 * ((relief <= v).sum() - first) / (1024 - first)) for v in row] for row in relief])
-    relief = np.clip(correlate(relief, np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]), "reflect"), 0, 255)
-    layer = drops * np.round(correlate(relief, mean_of_9, "reflect"))
-    return x + amount * (layer / layer.max())[..., None] * np.array([175, 238, 238]) / 255
-
-
 def in_hsv(x, change):
     return np.array([[colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel))) for pixel in row] for row in x])
 
 
 def brightness(x, numbers, amount):
     return in_hsv(x, lambda h, s, v: (h, s, min(v + amount, 1)))
-
-
-def saturate(x, numbers, factor, offset):
-    return in_hsv(x, lambda h, s, v: (h, min(s * factor + offset, 1), v))
 
 
 def contrast(x, numbers, factor):

@@ -13,7 +13,7 @@ from tools import corruption_ops as ops
 from tools import corruptions
 from utils import UserError
 
-NAMES = [operation.__name__ for operation in (*ops.MAIN, *ops.EXTRA)]
+NAMES = [operation.__name__ for operation in ops.CORRUPTIONS]
 
 
 def test_program_measures_every_corruption(trained, data_dir, tmp_path, monkeypatch, capsys):
@@ -23,9 +23,8 @@ def test_program_measures_every_corruption(trained, data_dir, tmp_path, monkeypa
                              "cpu", "--precision", "fp32", "--output", str(output)]) == 0
     results, printed = json.loads(output.read_text()), capsys.readouterr().out
     assert list(results["accuracy"]) == list(results["images"]) == ["clean", *NAMES]
-    assert [len(row) for row in results["accuracy"].values()] == [1] + [5] * 18
-    assert results["mean"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES[:14]]))
-    assert results["mean_of_extra"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES[14:]]))
+    assert [len(row) for row in results["accuracy"].values()] == [1] + [5] * 14
+    assert results["mean"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES]))
     assert results["left_out"] == ["frost"] and "mean: frost" in printed and "14 of the 15" in printed
     row = next(line for line in printed.splitlines() if line.startswith("contrast"))
     assert [float(cell) for cell in row.split()[1:6]] == pytest.approx(results["accuracy"]["contrast"], abs=0.005)
@@ -36,7 +35,7 @@ def test_generated_sets_are_the_clean_images_and_every_corruption(test_set, monk
     split = test_set._replace(images=test_set.images[:3], targets=test_set.targets[:3])
     clean, *others = corruptions.generate_sets(split, 7, torch.device("cpu"))
     assert torch.equal(clean.versions[0](), split.images) and [each.name for each in others] == NAMES
-    for each, operation in zip(others, [*ops.MAIN, *ops.EXTRA], strict=True):
+    for each, operation in zip(others, ops.CORRUPTIONS, strict=True):
         assert len(each.versions) == 5 and torch.equal(each.targets, split.targets)
         assert torch.equal(each.versions[4](), ops.corrupt(split.images, operation, 5, seed=7))
 
@@ -61,7 +60,7 @@ def folder(tmp_path):
     images[:, :, 0, 0, 0] = labels
     for severity in range(1, 6):
         images[severity - 1, :severity, 0, 0, 0] += 1
-    for name in ("frost", "fog", "spatter"):
+    for name in ("frost", "fog", "snow"):
         np.save(tmp_path / f"{name}.npy", images.reshape(-1, 32, 32, 3))
     np.save(tmp_path / "cifar10.1_v6_data.npy", images[1])
     np.save(tmp_path / "cifar10.1_v6_labels.npy", labels.astype(np.int32))
@@ -73,11 +72,12 @@ def test_published_files_are_read_by_severity(folder, capsys):
         return one_hot(images[:, 0, 0, 0].long(), 10)
     accuracy = corruptions.measure(corruptions.find_sets(folder, None), predict)
     expected = [100 * (6 - severity) / 6 for severity in range(1, 6)]
-    assert accuracy == {name: pytest.approx(expected) for name in ("frost", "fog", "spatter")} | {
+    assert accuracy == {name: pytest.approx(expected) for name in ("frost", "fog", "snow")} | {
         "cifar10.1_v6": [pytest.approx(expected[1])]}
     summary = corruptions.summarize(accuracy, published=True)
-    assert summary["mean"] == pytest.approx(50) and summary["left_out"] == [n for n in NAMES[:14] if n != "fog"]
-    assert "2 of the 15" in capsys.readouterr().out
+    assert summary["mean"] == pytest.approx(50)
+    assert summary["left_out"] == [name for name in NAMES if name not in ("fog", "snow")]
+    assert "3 of the 15" in capsys.readouterr().out
     limited = corruptions.measure(corruptions.find_sets(folder, 4), predict)
     assert limited["fog"] == pytest.approx([75, 50, 25, 0, 0])
 

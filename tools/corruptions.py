@@ -23,11 +23,10 @@ import data
 import hardware
 from evaluate import load_checkpoint_model, predict_logits
 from options import Parser, add_data_flags, add_hardware_flags, at_least
-from tools.corruption_ops import EXTRA, MAIN, corrupt
+from tools.corruption_ops import CORRUPTIONS, corrupt
 from utils import UserError, check_output, print_line, run_program, write_text
 
-MAIN_NAMES = ["frost", *(operation.__name__ for operation in MAIN)]
-EXTRA_NAMES = [operation.__name__ for operation in EXTRA]
+NAMES = ["frost", *(operation.__name__ for operation in CORRUPTIONS)]
 SEVERITIES = range(1, 6)
 CHUNK = 1000  # images between updates of the progress bar
 
@@ -45,12 +44,12 @@ def generate_sets(split: data.Split, seed: int, device: torch.device) -> list[Te
     images = split.images.to(device)
     return [TestSet("clean", split.targets, [lambda: images])] + [
         TestSet(operation.__name__, split.targets, [partial(corrupt, images, operation, i, seed) for i in SEVERITIES])
-        for operation in (*MAIN, *EXTRA)]
+        for operation in CORRUPTIONS]
 
 
 def find_sets(folder: Path, limit: int | None) -> list[TestSet]:
     """List the published sets in a folder: CIFAR-10-C (NAME.npy and labels.npy) and CIFAR-10.1."""
-    files = [(name, f"{name}.npy", "labels.npy", 5) for name in MAIN_NAMES + EXTRA_NAMES]
+    files = [(name, f"{name}.npy", "labels.npy", 5) for name in NAMES]
     files += [(f"cifar10.1_{v}", f"cifar10.1_{v}_data.npy", f"cifar10.1_{v}_labels.npy", 1) for v in ("v4", "v6")]
     sets = [read_set(name, folder / images, folder / labels, parts, limit)
             for name, images, labels, parts in files if (folder / images).exists()]
@@ -101,26 +100,22 @@ def measure(sets: Sequence[TestSet], predict: Callable[[Tensor], Tensor]) -> dic
                 values.append(100 * correct / len(each.targets))
             row = "".join(f"{value:>12.2f}" for value in (*(values if len(values) > 1 else ()), np.mean(values)))
             with bar.external_write_mode():
-                print_line(f"{each.name + ' (extra)' * (each.name in EXTRA_NAMES):<24}{row:>72}")
+                print_line(f"{each.name:<24}{row:>72}")
     return accuracy
 
 
 def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, Any]:
-    """Average over the main corruptions, as published, and over the extra ones; print what the means cover."""
-    main, extra = ([accuracy[name] for name in names if name in accuracy] for names in (MAIN_NAMES, EXTRA_NAMES))
-    summary = {"mean": float(np.mean(main)) if main else None,
-               "mean_of_extra": float(np.mean(extra)) if extra else None,
-               "left_out": [name for name in MAIN_NAMES if name not in accuracy] if main else []}
-    if main:
-        print_line(f"mean accuracy {summary['mean']:.2f}% over {len(main)} of the {len(MAIN_NAMES)} main corruptions")
-    if summary["left_out"]:
+    """Average over the corruptions; print what the mean covers."""
+    found = [accuracy[name] for name in NAMES if name in accuracy]
+    missing = [name for name in NAMES if name not in accuracy] if found else []
+    if found:
+        print_line(f"mean accuracy {np.mean(found):.2f}% over {len(found)} of the {len(NAMES)} corruptions")
+    if missing:
         reason = "not in the folder" if published else "needs photographs, so it cannot be generated"
-        print_line(f"missing from the mean: {', '.join(summary['left_out'])} ({reason})")
-    if extra:
-        print_line(f"mean accuracy {summary['mean_of_extra']:.2f}% over {len(extra)} extra corruptions")
+        print_line(f"missing from the mean: {', '.join(missing)} ({reason})")
     if not published:
         print_line("the random numbers differ from CIFAR-10-C's; use --test-dir to compare with published results")
-    return {**summary, "accuracy": accuracy}
+    return {"mean": float(np.mean(found)) if found else None, "left_out": missing, "accuracy": accuracy}
 
 
 def run(argv: Sequence[str] | None = None) -> int:
