@@ -31,6 +31,7 @@ def test_commands_are_accepted(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, rest = re.search(r"((?:tools/)?\w+)\.py([^;&]*)", line).groups()
     values = {'"$optimizer"': "sgd", '"$lr"': "0.1", "$seed": "0"}
+    values |= {f"${name}": value for name, value in re.findall(r'^(\w+)="(.*)"$', "\n".join(COMMANDS), re.M)}
     for name, value in values.items():
         rest = rest.replace(name, value)
     with pytest.raises(Parsed):
