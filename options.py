@@ -244,10 +244,10 @@ def model_args(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_changes(given: dict[str, Any], saved: dict[str, Any], names: Collection[str], way_out: str) -> None:
-    """Refuse a given flag whose value differs from the checkpoint's."""
-    for name in names:
-        if name in given and name in saved and given[name] != saved[name]:
-            raise UserError(f"{flag_of(name)} {typed(given[name])} differs from the checkpoint's "
+    """Refuse the first given flag whose value differs from the checkpoint's."""
+    for name, value in given.items():
+        if name in names and name in saved and value != saved[name]:
+            raise UserError(f"{flag_of(name)} {typed(value)} differs from the checkpoint's "
                             f"{typed(saved[name])}; {way_out}")
 
 

@@ -110,4 +110,4 @@ def one_by_one(model: nn.Module, images: torch.Tensor, normalize: bool = True) -
 
 def accuracy_in(text: str) -> str:
     """Return the accuracy that evaluate.py printed."""
-    return re.search(r"test accuracy (\d+\.\d\d) %", text)[1]
+    return re.search(r"test accuracy (\d+\.\d\d)%", text)[1]

@@ -24,7 +24,7 @@ def scores(run_evaluate, capsys):
     """A function that runs evaluate.py and returns the accuracy and the loss that it prints."""
     def run(*flags, **where):
         assert run_evaluate(*flags, **where) == 0
-        return re.search(r"test accuracy (\d+\.\d\d) %, loss (\d+\.\d{4}),", capsys.readouterr().out).groups()
+        return re.search(r"test accuracy (\d+\.\d\d)%, loss (\d+\.\d{4}),", capsys.readouterr().out).groups()
     return run
 
 
@@ -89,7 +89,7 @@ def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, 
     for name, count, row in zip(test_set.classes, test_set.targets[:8].bincount(minlength=10), rows, strict=True):
         recall = "[0-9.]+" if count else "-"
         assert re.fullmatch(rf"{name} +{count} +(-|[0-9.]+) +{recall}", row)
-    assert re.fullmatch(r"expected calibration error \d+\.\d\d %", last)
+    assert re.fullmatch(r"expected calibration error \d+\.\d\d%", last)
 
 
 def test_tta_averages_probabilities_with_the_flipped_image(scores, trained, expected, test_set):
