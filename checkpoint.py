@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed import World
+from distributed import World, is_restart
 from hardware import get_rng_state, set_rng_state
 from optim import build_optimizer, build_scheduler
 from options import saved_args
@@ -285,6 +285,8 @@ def format_metrics(history: list[dict[str, Any]]) -> str:
 
 def find_run(args: Namespace) -> tuple[RunFolder, Path | None]:
     """Turn `--output-dir` and `--resume` into a run folder, and the file in it to resume from if one is named."""
+    if is_restart():  # it continues what the ranks before it have saved, and with --overwrite must not remove it
+        args.resume = args.resume or "auto"
     if args.resume in (None, "auto", "last"):
         return RunFolder(args.output_dir), None
     path = Path(args.resume)
@@ -305,7 +307,7 @@ def open_run(folder: RunFolder, file: Path | None, args: Namespace) -> dict[str,
         folder.lock()
     diverged = folder.path / "diverged.txt"
     if diverged.exists():
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        if is_restart():
             raise RunError(f"not restarted: {diverged.read_text().strip()}")  # it would only diverge again
         diverged.unlink()  # it must not stop a later restart for another reason
     return folder.load(file)

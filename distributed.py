@@ -109,6 +109,11 @@ def start() -> World:
     return World(rank, hosts[:rank].count(hosts[rank]), size, hosts.count(hosts[rank]))
 
 
+def is_restart() -> bool:
+    """Return whether torchrun has started the ranks again after one of them failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def stop() -> None:
     """Leave the other ranks, at the end of a run."""
     if dist.is_initialized():

@@ -64,6 +64,16 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_restart_by_torchrun_continues_the_run(flags, stopped, run, unbroken, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert run(*flags) == 0
+    assert "resumed in epoch 2 after step 2" in capsys.readouterr().out
+    runs.assert_same_run(stopped, unbroken)
+    assert run(*flags, folder="other") == 0  # its first start failed before it saved anything
+
+
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 
