@@ -1,4 +1,4 @@
-"""What happens to images between the data set and the network, for whole batches on any device.
+"""Augmentation, normalization and mixing of whole batches, on any device.
 
 Every random choice of an epoch comes from one table, made on the CPU from (seed, epoch). Both loaders read it, so the
 pixels depend neither on the loader nor on the number of workers or ranks.

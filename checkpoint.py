@@ -84,8 +84,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     for name in [*expected, *weights]:
         found, wanted = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, expected))
         if found != wanted:
-            raise UserError(f"{path} has another architecture: {name} is {found}, expected {wanted}; give the model "
-                            "flags that it was trained with")
+            raise UserError(f"{path} has a different architecture: {name} is {found}, expected {wanted}; pass the "
+                            "model flags that it was trained with")
     model.load_state_dict(weights)
 
 
@@ -252,7 +252,7 @@ class RunFolder:
             if found != expected:
                 raise UserError(f"{self.best} is of epoch {found}, expected {expected}")
         except (UserError, KeyError) as error:
-            warn(f"{error}; the best epoch is selected among the coming ones")
+            warn(f"{error}; the best epoch will be selected among the remaining epochs")
             checkpoint["best"] = None
 
     def save(self, content: dict[str, Any]) -> None:

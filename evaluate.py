@@ -1,4 +1,4 @@
-"""Score a network: logits, loss, accuracy, precision, recall, calibration. As a program: those of a checkpoint."""
+"""Evaluate a network: logits, loss, accuracy, precision, recall, calibration. As a program: evaluate a checkpoint."""
 
 from utils import exit_on_signals, run_program
 

@@ -1,4 +1,4 @@
-"""Device, precision, threads and torch.compile: what the hardware at hand allows."""
+"""Device, precision, threads and torch.compile."""
 
 import contextlib
 import ctypes
@@ -91,12 +91,12 @@ def can_compile(device: torch.device) -> bool:
 
 
 def describe(device: torch.device) -> str:
-    """Name the device for a person."""
+    """Return the name of the device, for display."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def environment(device: torch.device, precision: str, compiled: bool, ranks: int) -> dict[str, Any]:
-    """Return what must be equal for a continuation that is bitwise identical."""
+    """Return what must match for a bitwise-identical continuation."""
     return {"device": device.type, "precision": precision, "compile": compiled, "ranks": ranks,
             "threads": torch.get_num_threads() if device.type == "cpu" else None}
 

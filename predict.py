@@ -60,7 +60,7 @@ def read_image(path: str | Path) -> np.ndarray:
         with image:
             if image.mode.startswith("I"):  # 16-bit gray, which convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image)  # phones store photos sideways, with a note to turn them
+            image = ImageOps.exif_transpose(image)  # phones store photos sideways, with the rotation as a tag
             if image.size != (SIZE, SIZE):
                 image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
             return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Train the SE-ResNet on CIFAR-10, or resume a run: `python train.py --help`. Functions stand in order of use."""
+"""Train the SE-ResNet on CIFAR-10, or resume a run: `python train.py --help`. Functions are in order of use."""
 
 from utils import exit_on_signals, run_program
 
@@ -36,7 +36,7 @@ from utils import RunError, Signals, print_line, warn, write_text
 
 @dataclass
 class Run:
-    """What a run works with and does not change; `TrainState` is what it changes."""
+    """The fixed parts of a run; `TrainState` holds what training changes."""
 
     args: Namespace
     world: World
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the run computes on a CPU, where reading a result waits for no queue of kernels."""
+        """Whether the run computes on a CPU, where reading a result costs nothing."""
         return self.device.type == "cpu"
 
     @property
     def selected_on(self) -> str:
-        """Name of the images that select the best epoch."""
+        """The images that select the best epoch, in words."""
         return "validation" if self.eval_name == "val" else "test"
 
     def predict_logits(self, state: TrainState, split: data.Split) -> Tensor:
@@ -145,7 +145,7 @@ def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None
         for batch in run.loader.epoch(state.epoch, state.step):
             train_step(run, state, *batch)
             status, save_due = check_signals(run, state, signals)
-            # reading the sums synchronizes with a GPU, so that it is done seldom; on a CPU it costs nothing
+            # reading the sums synchronizes with the GPU, so do it rarely there
             if status or save_due or state.step % args.log_interval == 0 or state.step == steps or run.is_cpu:
                 log_progress(run, state, bar, start)
             if status or save_due:
@@ -208,7 +208,7 @@ def compile_forward(run: Run, state: TrainState) -> None:
     size = len(run.loader.shard(0))
     inputs = torch.zeros(size, 3, 32, 32, device=run.device).contiguous(memory_format=torch.channels_last)
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
-    # targets_b must be another tensor: the same one twice would be compiled as just that
+    # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
     buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.get_rng_state(run.device)
     run.compiled_forward = hardware.compile_or_warn(
@@ -283,7 +283,7 @@ def finish_epoch(run: Run, state: TrainState) -> None:
 
 
 def keep_best(run: Run, state: TrainState) -> None:
-    """Note the weights at the end of an epoch as the best so far; the next save writes them."""
+    """Keep a copy of the current weights as the best so far; the next save writes it."""
     accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
     state.best = {"epoch": state.epoch, "accuracy": accuracy}
     run.folder.pending_best = {
@@ -340,7 +340,7 @@ def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
 
 
 def describe(run: Run, state: TrainState) -> str:
-    """Describe in a few lines what is about to run."""
+    """Return the start-up lines."""
     args, env, loader = run.args, run.environment, run.loader
     size = f"{env['threads']} threads" if run.is_cpu and env["ranks"] == 1 else f"{env['ranks']} ranks"
     start = f"resumed in epoch {state.epoch + 1} after step {state.step}" if state.epoch or state.step else "new run"
@@ -371,7 +371,7 @@ def finish_run(run: Run, state: TrainState, test_split: data.Split) -> None:
     last_accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
     if run.eval_name == "val":
         load_weights(state.eval_model, best["model"], run.folder.best)
-    logits = run.predict_logits(state, test_split)  # with validation images, the only time that the test set is used
+    logits = run.predict_logits(state, test_split)  # with --val-size, the only use of the test set
     if not run.world.is_main:
         return
     test_accuracy = evaluate.score(logits, test_split.targets)[1]

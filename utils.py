@@ -17,7 +17,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 class UserError(ValueError):
     """A user's mistake. The programs print it in one line, without a traceback, and exit with status 2.
 
-    Every function of this project may raise it where a file, a flag or a folder is not as it must be.
+    Every function of this project may raise it for an invalid file, flag or folder.
     """
 
 
@@ -128,7 +128,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 class Signals:
-    """Note the signal that asks a run to stop, while the `with` block runs; a second one ends the process."""
+    """Record a signal that asks the run to stop, inside a `with` block; a second signal ends the process."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet  # one of several ranks prints

@@ -25,7 +25,7 @@ IMAGE_SIZE = 32
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Build a convolution without bias that keeps the size of the map at stride 1."""
+    """Build a convolution without bias that preserves height and width at stride 1."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
 
 
@@ -171,7 +171,7 @@ def per_stage(name: str, values: int | Sequence[int], stages: int) -> list[int]:
     if len(values) not in (1, stages):
         raise ValueError(f"{name} has {len(values)} values; expected 1, or {stages} like num_blocks")
     if any(value < 1 or value % 2 == 0 for value in values):
-        raise ValueError(f"{name} ({' '.join(map(str, values))}) must be odd, or the maps change their size")
+        raise ValueError(f"{name} ({' '.join(map(str, values))}) must be odd to preserve height and width")
     return values if len(values) == stages else values * stages
 
 

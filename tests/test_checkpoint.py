@@ -169,7 +169,7 @@ def test_a_lost_best_is_selected_among_the_coming_epochs(damage, flags, run, tmp
     damage(tmp_path / "run" / "best.pt")
     capsys.readouterr()
     assert run("--resume") == 0
-    assert capsys.readouterr().err.count("the best epoch is selected among the coming ones\n") == 1
+    assert capsys.readouterr().err.count("the best epoch will be selected among the remaining epochs\n") == 1
     best = runs.read(tmp_path / "run", "best.pt")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
@@ -336,7 +336,7 @@ WRONG = {
     "no schedule": (edit(scheduler=None), "does not fit this run (KeyError: 'scheduler')"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "its epochs have another number of steps than 4; has the data set changed?"),
-    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "another architecture: conv1.weight is nothing"),
+    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "a different architecture: conv1.weight is nothing"),
 }
 
 

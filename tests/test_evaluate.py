@@ -146,7 +146,7 @@ def test_pictures_that_cannot_be_written_are_an_error(refused, tmp_path, monkeyp
     printed = refused("--output-dir", tmp_path, status=1)
     assert "No space left on device" in printed and "pictures are in" not in printed and "test accuracy" in printed
 
-@pytest.mark.parametrize("args, reason", [({"channels": 32}, "another architecture"), ({"block": "other"}, "block"),
+@pytest.mark.parametrize("args, reason", [({"channels": 32}, "a different architecture"), ({"block": "other"}, "block"),
                                           ({"num_blocks": None}, "does not describe a network")])
 def test_a_checkpoint_that_claims_another_network_than_it_holds(refused, trained, tmp_path, args, reason):
     assert "other.pt not found; expected" in refused(checkpoint=tmp_path / "other.pt")
