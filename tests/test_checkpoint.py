@@ -336,7 +336,7 @@ WRONG = {
     "no schedule": (edit(scheduler=None), "does not fit this run (KeyError: 'scheduler')"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "its epochs have another number of steps than 4; has the data set changed?"),
-    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "a different architecture: conv1.weight is nothing"),
+    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is nothing"),
 }
 
 
