@@ -249,8 +249,9 @@ def download(data_dir: str | Path, url: str = URL, md5: str = MD5) -> Path:
         raise UserError(f"CIFAR-10 cannot be downloaded from {url} ({' '.join(str(error).split())}); put {ARCHIVE} "
                         f"into {data_dir}, or try --synthetic") from error
     finally:
-        if partial.exists() and partial.stat().st_size == 0:
-            partial.unlink()
+        with suppress(FileNotFoundError):  # also if another process removes it just now
+            if partial.stat().st_size == 0:
+                partial.unlink()
 
 
 def _fetch(url: str, path: Path, md5: str) -> None:
