@@ -70,12 +70,12 @@ def random_mix_params(steps: int, seed: int, epoch: int, mixup: float, cutmix: f
 
 def mix(inputs: Tensor, lam: Tensor, box: list[int]) -> Tensor:
     """Mix each of (n + 1, 3, 32, 32) images with the one before it: (n, 3, 32, 32); `lam` is () on their device."""
-    partners, own = inputs[:-1], inputs[1:]
+    inputs_b, own = inputs[:-1], inputs[1:]
     top, bottom, left, right = box
     if bottom == 0:
-        return torch.lerp(partners, own, lam)
+        return torch.lerp(inputs_b, own, lam)
     mixed = own.clone(memory_format=torch.preserve_format)
-    mixed[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+    mixed[:, :, top:bottom, left:right] = inputs_b[:, :, top:bottom, left:right]
     return mixed
 
 

@@ -149,7 +149,7 @@ class Loader:
 
         Yields:
             inputs (n, 3, 32, 32) float32 and targets (n,) int64; with MixUp or CutMix also targets_b (n,) of the
-            partners and lam () float32, the weight of `targets`. n can be 0 in the last batch of several ranks.
+            images mixed in and lam () float32, the weight of `targets`. n can be 0 in the last batch of several ranks.
         """
         positions = [self.positions(step) for step in range(first_step, len(self))]
         rows = torch.cat([torch.arange(0), *positions])  # none, for a run stopped after the last step of an epoch

@@ -19,7 +19,7 @@ from options import Parser
 from utils import UserError, check_output, print_line, run_program, write_text
 
 PLACES = {"output_dir", "data_dir", "workers", "save_minutes", "log_interval", "max_params"}  # no effect on results
-HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may say "auto"
+HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may hold "auto"
 RESULTS = {"last (%)": ("last_accuracy", ".2f"), "best (%)": ("best_accuracy", ".2f"),
            "test (%)": ("test_accuracy", ".2f"), "minutes": ("minutes", ".1f"),
            "images/s": ("images_per_second", ".0f")}
