@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import load_checkpoint
 from evaluate import load_checkpoint_model, predict_logits
+from predict import load_model
 from tools import export
 
 DEVICE = torch.device("cpu")
@@ -32,6 +34,24 @@ def test_onnx_gives_the_logits_of_the_network(trained, test_set, tmp_path, recwa
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(info.classes)
     assert str(Path(__file__).parent.parent).encode() not in output.read_bytes()  # no local paths
     assert [path.name for path in output.parent.iterdir()] == ["net.onnx"]
+
+
+def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run_train, tmp_path):
+    assert run_train("--ema", "0.5", "--epochs", "2") == 0
+    source, shared = tmp_path / "run" / "last.pt", tmp_path / "shared.pt"
+    assert export.main([str(source), "--output", str(shared)]) == 0
+    saved, found = load_checkpoint(source), load_checkpoint(shared)
+    assert {*found} == {"version", "model", "args", "epoch", "classes"} and found["epoch"] == 2
+    assert str(tmp_path).encode() not in shared.read_bytes()  # no folders of this machine
+    for name, value in saved["ema"].items():
+        is_half = found["model"][name].dtype == torch.float16
+        assert is_half == (value.is_floating_point() and "running_" not in name)
+        torch.testing.assert_close(found["model"][name].float(), value.float(), rtol=1e-3 * is_half,
+                                   atol=1e-7 * is_half)
+    images = torch.rand(4, 3, 32, 32)
+    (model, classes), (other, _) = load_model(shared), load_model(source)
+    assert all(p.dtype == torch.float32 for p in model.parameters()) and classes == saved["classes"]
+    torch.testing.assert_close(model(images), other(images), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("checkpoint, output, message", [
