@@ -22,7 +22,6 @@ from options import Parser
 from predict import load_model
 from utils import UserError, check_output, print_line, run_program, write_atomically
 
-
 PLACES = {"data_dir", "output_dir", "init_from"}  # folders of the machine that trained the network
 
 
