@@ -85,8 +85,10 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return heap memory
 
 
-def can_compile(device: torch.device) -> bool:
-    """Return whether compiling is worth it by default: on CUDA with Triton."""
+def should_compile(requested: bool | None, device: torch.device) -> bool:
+    """Return `--compile` as requested; the default is on for CUDA with Triton."""
+    if requested is not None:
+        return requested
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 

@@ -1,4 +1,4 @@
-"""Train the SE-ResNet on CIFAR-10, or resume a run: `python train.py --help`. Functions are in order of use."""
+"""Train the SE-ResNet on CIFAR-10 (`train.py --help`): main, train, train_one_epoch, train_step, then helpers."""
 
 from utils import exit_on_signals, run_program
 
@@ -110,7 +110,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         state = TrainState(args, model, len(loader), precision)
         run = Run(args, world, device, precision, folder, loader, (val_split or test_split).to(device),
                   "val" if val_split else "test", build_forward(args, model, device, precision))
-        if args.compile if args.compile is not None else hardware.can_compile(device):
+        if hardware.should_compile(args.compile, device):
             compile_forward(run, state)
         run.environment = hardware.environment(device, precision, run.compiled_forward is not None, world.size)
         torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks

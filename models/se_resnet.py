@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IMAGE_SIZE = 32
-
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     """Build a convolution without bias that preserves height and width at stride 1."""

@@ -36,7 +36,7 @@ def test_onnx_gives_the_logits_of_the_network(trained, test_set, tmp_path, recwa
     assert [path.name for path in output.parent.iterdir()] == ["net.onnx"]
 
 
-def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run_train, tmp_path):
+def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run_train, tmp_path, capsys):
     assert run_train("--ema", "0.5", "--epochs", "2") == 0
     source, shared = tmp_path / "run" / "last.pt", tmp_path / "shared.pt"
     assert export.main([str(source), "--output", str(shared)]) == 0
@@ -52,6 +52,9 @@ def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run_tr
     (model, classes), (other, _) = load_model(shared), load_model(source)
     assert all(p.dtype == torch.float32 for p in model.parameters()) and classes == saved["classes"]
     torch.testing.assert_close(model(images), other(images), rtol=0.01, atol=0.01)
+    before = source.read_bytes()
+    assert export.main([str(source), "--output", f"{source.parent}/../run/last.pt"]) == 2
+    assert "is the checkpoint itself" in capsys.readouterr().err and source.read_bytes() == before
 
 
 @pytest.mark.parametrize("checkpoint, output, message", [

@@ -160,10 +160,10 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(run, monkeypatc
 
 def test_compile_is_the_default_on_cuda_with_triton_only(monkeypatch):
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
-    assert hardware.can_compile(CUDA)
-    assert not hardware.can_compile(CPU) and not hardware.can_compile(torch.device("mps"))
+    assert hardware.should_compile(None, CUDA) and hardware.should_compile(True, CPU)
+    assert not any(hardware.should_compile(None, device) for device in (CPU, torch.device("mps")))
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
-    assert not hardware.can_compile(CUDA)
+    assert not hardware.should_compile(None, CUDA) and not hardware.should_compile(False, CUDA)
 
 
 @pytest.mark.parametrize("frees_gradients", [True, False])

@@ -65,7 +65,7 @@ def build(flags: Sequence[str], train_images: int, test_images: int, folder: Pat
     state = TrainState(args, model, len(loader), precision)
     run = Run(args, World(), device, precision, RunFolder(folder), loader, random_split(test_images).to(device),
               "test", train.build_forward(args, model, device, precision))
-    if hardware.can_compile(device) if args.compile is None else args.compile:
+    if hardware.should_compile(args.compile, device):
         train.compile_forward(run, state)
         if run.compiled_forward is None:
             raise RunError("this program could not be compiled, which makes it slower; measure with --no-compile")
@@ -261,7 +261,7 @@ def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
         raise UserError("--resume, --init-from and --summary are not for the benchmark")
     device = hardware.select_device(args.device)
     counts = COUNTS["cuda" if device.type == "cuda" else "cpu", quick]
-    compiled = hardware.can_compile(device) if args.compile is None else args.compile
+    compiled = hardware.should_compile(args.compile, device)
     flags = ["--batch-size", str(counts.batch_size), *flags, "--compile" if compiled else "--no-compile"]
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     head = {  # what the values depend on, so that those of different machines are not mixed

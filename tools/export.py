@@ -59,6 +59,8 @@ def run(argv: Sequence[str] | None = None) -> int:
                         "weights in half precision")
     args, _ = parser.parse(argv)
     if args.output.suffix == ".pt":
+        if args.output.resolve() == Path(args.checkpoint).resolve():  # the run could no longer be resumed
+            raise UserError(f"--output {args.output} is the checkpoint itself; choose another file")
         content = to_share(load_checkpoint(args.checkpoint))
         check_output(args.output)
         save_checkpoint(content, args.output)
