@@ -160,10 +160,11 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(run, monkeypatc
 
 def test_compile_is_the_default_on_cuda_with_triton_only(monkeypatch):
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
-    assert hardware.should_compile(None, CUDA) and hardware.should_compile(True, CPU)
+    assert hardware.should_compile(None, CUDA) and not hardware.should_compile(False, CUDA)
+    assert hardware.should_compile(True, CPU)
     assert not any(hardware.should_compile(None, device) for device in (CPU, torch.device("mps")))
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
-    assert not hardware.should_compile(None, CUDA) and not hardware.should_compile(False, CUDA)
+    assert not hardware.should_compile(None, CUDA)
 
 
 @pytest.mark.parametrize("frees_gradients", [True, False])
