@@ -180,16 +180,21 @@ class DeviceLoader(Loader):
 
     def load(self, params: augment.Params, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         on_device = augment.Params(*(field.to(self.device) for field in params))  # once an epoch, a few megabytes
+        batches = self.crop_and_flip(on_device, sizes)
+        if self.args.trivial_augment:  # of all batches at once; [:0] because there may be none
+            images = torch.cat([self.images[:0], *batches])
+            batches = trivial_augment.transform(images, params.operation, params.strength).split(sizes)
+        for images, targets in zip(batches, self.targets[on_device.index].split(sizes), strict=True):
+            yield augment.to_input(images, self.args.normalize), targets
+
+    def crop_and_flip(self, params: augment.Params, sizes: list[int]) -> Iterator[Tensor]:
+        """Yield the batches as bytes (n, 32, 32, 3), cropped and flipped if `--augment` is on."""
         start = 0
         for block in (sizes[i:i + BATCHES_PER_BLOCK] for i in range(0, len(sizes), BATCHES_PER_BLOCK)):
-            rows = slice(start, start + sum(block))
-            chosen, start = on_device.rows(rows), rows.stop
-            images = augment.crop_and_flip(self.images, chosen) if self.args.augment else self.images[chosen.index]
-            if self.args.trivial_augment:  # the table on the CPU sorts the images without synchronizing
-                images = trivial_augment.transform(images, params.operation[rows], params.strength[rows])
-            targets = self.targets[chosen.index].split(block)
-            for batch, labels in zip(images.split(block), targets, strict=True):
-                yield augment.to_input(batch, self.args.normalize), labels
+            rows = params.rows(slice(start, start + sum(block)))
+            start += sum(block)
+            images = augment.crop_and_flip(self.images, rows) if self.args.augment else self.images[rows.index]
+            yield from images.split(block)
 
 
 class WorkersLoader(Loader):

@@ -1,7 +1,7 @@
 """TrivialAugment (arXiv 2103.10158) with its wide augmentation space.
 
-Each image gets one random operation at one random strength. `transform_one` equals torchvision's TrivialAugmentWide on
-tensors; `transform` returns bitwise identical images for whole batches of mixed operations, on any device.
+Each image gets one random operation at one random strength. The operations are torchvision's functions, so that the
+images are bitwise identical to those of its TrivialAugmentWide.
 """
 
 from functools import cache
@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import functional as tv
-from torchvision.transforms.v2.functional import equalize  # version 1 loops over the images
+from torchvision.transforms.v2.functional import equalize  # the older function loops over images
 
-SIZE = 32
-PIXELS = SIZE * SIZE
 BINS = 31
 STRENGTHS = 2 * BINS  # the bins with a positive magnitude, then with a negative one if the operation is signed
-# The operations in torchvision's order, which `transform` relies on: magnitude m of the first and of the last bin, sign
-# of m in the second half of the strengths, function.
+# The operations in torchvision's order: magnitude m of the first and of the last bin, sign of m in the second half of
+# the strengths, function.
 SPACE = (
     (0, 0, 1, lambda image, _: image),
     (0, 0.99, -1, lambda image, m: tv.affine(image, 0.0, [0, 0], 1.0, [degrees(atan(m)), 0.0], center=[0, 0])),
@@ -33,7 +31,7 @@ SPACE = (
     (8, 2, 1, lambda image, m: tv.posterize(image, round(m))),
     (255, 0, 1, lambda image, m: tv.solarize(image, m)),
     (0, 0, 1, lambda image, _: tv.autocontrast(image)),
-    (0, 0, 1, lambda image, _: tv.equalize(image)))
+    (0, 0, 1, lambda image, _: equalize(image)))
 
 
 def random_params(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
@@ -49,61 +47,22 @@ def magnitudes() -> Tensor:
     return torch.cat([bins, bins * torch.tensor([[sign] for _, _, sign, _ in SPACE])], 1)
 
 
-def transform_one(image: Tensor, operation: int, strength: int) -> Tensor:
-    """Apply one operation to one image (3, 32, 32) uint8 with torchvision's functions."""
-    return SPACE[operation][-1](image, magnitudes()[operation, strength].item())
-
-
-@cache  # also because a copy to the GPU for every batch would synchronize
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return all magnitudes (14 * 62,) and the source pixels of the first 6 operations (6 * 62, 1024) int64."""
-    positions = torch.arange(1.0, PIXELS + 1).view(1, SIZE, SIZE)  # moved by torchvision, which fills with 0
-    moved = [transform_one(positions, i, strength) for i in range(6) for strength in range(STRENGTHS)]
-    return magnitudes().flatten().to(device), torch.stack(moved).view(-1, PIXELS).long().to(device)
+def transform_one(images: Tensor, operation: int, strength: int) -> Tensor:
+    """Apply one operation to one or more images (..., 3, 32, 32) uint8."""
+    return SPACE[operation][-1](images, magnitudes()[operation, strength].item())
 
 
 def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """Apply to each image its own operation, in about 80 kernels for any batch size and without a GPU sync.
+    """Apply to each image its own operation.
 
-    Takes and returns images (N, 32, 32, 3) uint8 on any device. Operation and strength are (N,) int64 on the CPU, where
-    the images are sorted by operation.
+    Takes and returns images (N, 32, 32, 3) uint8 on any device. Operation and strength are (N,) int64 on the CPU.
+    Images that share both are transformed together, so one call for an epoch is faster than many for its batches.
     """
-    order = operation.argsort(stable=True)
-    plan = torch.stack([order, order.argsort(), (operation * STRENGTHS + strength)[order]])
-    plan = plan.pin_memory() if images.is_cuda else plan  # otherwise the copy would synchronize
-    order, inverse, code = plan.to(images.device, non_blocking=True)
-    counts = torch.bincount(operation, minlength=len(SPACE)).tolist()
-    sizes = [sum(counts[:6]), sum(counts[6:10]), *counts[10:]]
-    moved, blended, posterized, solarized, stretched, equalized = images.index_select(0, order).split(sizes)
-    table, sources = _tables(images.device)
-    _, magnitude, bits, threshold, _, _ = table.index_select(0, code).view(-1, 1, 1, 1).split(sizes)
-    dropped = (8 - bits).round_().to(torch.uint8)
-    # every magnitude m is a multiple of 2^-28, so torchvision's float64 1 - (1 + m) is exactly -m
-    blended = blended.float().mul_(1 + magnitude).sub_(_blend_targets(blended, counts[6:10]).mul_(magnitude))
-    parts = [_move(moved, sources.index_select(0, code[:sizes[0]])), blended.clamp_(0, 255).to(torch.uint8),
-             posterized >> dropped << dropped,
-             torch.where(solarized >= threshold, 255 - solarized, solarized),
-             tv.autocontrast(stretched.permute(0, 3, 1, 2)).permute(0, 2, 3, 1),
-             equalize(equalized.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)]
-    return torch.cat(parts).index_select(0, inverse)
-
-
-def _move(images: Tensor, sources: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(images.view(-1, PIXELS, 3), (0, 0, 1, 0))  # pixel 0 is the fill value
-    first = torch.arange(len(images), device=images.device)[:, None] * (PIXELS + 1)
-    return padded.view(-1, 3).index_select(0, (sources + first).view(-1)).view_as(images)
-
-
-def _blend_targets(images: Tensor, counts: list[int]) -> Tensor:
-    """Return what brightness, color, contrast and sharpness blend with: black, gray, mean gray and blurred images."""
-    bright, tinted, sharp = images.split([counts[0], counts[1] + counts[2], counts[3]])
-    red, green, blue = tinted.unbind(-1)
-    gray = (0.2989 * red + 0.587 * green + 0.114 * blue).to(torch.uint8)[..., None].float()
-    gray, flat = gray.split(counts[1:3])
-    blurred = sharp.float()
-    rows = blurred[:, :-2] + blurred[:, 1:-1] + blurred[:, 2:]
-    total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-    inner = blurred[:, 1:-1, 1:-1]  # the border stays; the sums are exact integers, and k / 13 is never a tie
-    inner.copy_(total.add_(inner, alpha=4).div_(13).round_())
-    return torch.cat([torch.zeros_like(bright, dtype=torch.float32), gray.expand(-1, -1, -1, 3),
-                      flat.mean((1, 2, 3), True).expand(-1, SIZE, SIZE, 3), blurred])
+    code = operation * STRENGTHS + strength
+    order = code.argsort()
+    codes, counts = code[order].unique_consecutive(return_counts=True)
+    out = torch.empty_like(images)
+    for rows, code in zip(order.to(images.device).split(counts.tolist()), codes.tolist(), strict=True):
+        group = transform_one(images[rows].permute(0, 3, 1, 2), *divmod(code, STRENGTHS))
+        out[rows] = group.permute(0, 2, 3, 1)
+    return out

@@ -62,25 +62,14 @@ def test_batches_and_single_images_equal_torchvision_at_every_strength(images, e
         assert torch.equal(single.permute(1, 2, 0), expected[i]), strength
 
 
-def check_against_torchvision(images: torch.Tensor, name: str):
-    operation = torch.full((len(images),), OPERATIONS.index(name))
-    transformed = trivial_augment.transform(images, operation, torch.zeros_like(operation))
-    assert torch.equal(transformed, torchvision_transform(images, OPERATIONS.index(name), 0))
-
-
-def test_autocontrast_equals_torchvision_for_every_range():
-    ranges = torch.arange(258).clamp(max=255).view(-1, 1, 3)
-    low = torch.from_numpy(np.random.default_rng(0).integers(0, 256 - ranges.numpy()))
-    images = (low + ranges * torch.linspace(0, 1, 1024)[:, None]).to(torch.uint8).view(-1, 32, 32, 3)  # every level
-    check_against_torchvision(images, "AutoContrast")
-
-
 def test_equalize_equals_torchvision_for_every_count_of_the_brightest():
     rng = np.random.default_rng(0)
     noise = torch.from_numpy(rng.integers(0, 200, (342, 1024, 3)))
     counts = torch.arange(3 * 342).view(-1, 1, 3)  # pixels at 220: from none over each step of the formula to all
     images = torch.where(torch.arange(1024)[:, None] < counts, 220, noise).to(torch.uint8).view(-1, 32, 32, 3)
-    check_against_torchvision(images, "Equalize")
+    operation = torch.full((len(images),), OPERATIONS.index("Equalize"))
+    transformed = trivial_augment.transform(images, operation, torch.zeros_like(operation))
+    assert torch.equal(transformed, torchvision_transform(images, OPERATIONS.index("Equalize"), 0))
 
 
 def test_an_image_does_not_depend_on_the_others(images):
@@ -93,13 +82,6 @@ def test_an_image_does_not_depend_on_the_others(images):
                  torch.arange(0), *torch.arange(0, 100, 5)[:, None]):
         part = trivial_augment.transform(many[rows], operation[rows], strength[rows])
         assert torch.equal(part, whole[rows]) and part.is_contiguous()
-
-
-def test_nothing_synchronizes_with_the_device():
-    """On the meta device, which has no values, reading one back raises."""
-    images = torch.empty(200, 32, 32, 3, dtype=torch.uint8, device="meta")
-    transformed = trivial_augment.transform(images, *trivial_augment.random_params(200, 0, 0))
-    assert transformed.is_meta and transformed.shape == images.shape and transformed.dtype == torch.uint8
 
 
 def test_random_params_are_uniform_and_independent():
