@@ -22,12 +22,38 @@ def test_program_measures_every_corruption(trained, data_dir, tmp_path, monkeypa
     assert corruptions.main([str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "8", "--device",
                              "cpu", "--precision", "fp32", "--output", str(output)]) == 0
     results, printed = json.loads(output.read_text()), capsys.readouterr().out
-    assert list(results["accuracy"]) == list(results["images"]) == ["clean", *NAMES]
+    assert list(results["accuracy"]) == list(results["settings"]["images"]) == ["clean", *NAMES]
     assert [len(row) for row in results["accuracy"].values()] == [1] + [5] * 14
     assert results["mean"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES]))
     assert results["left_out"] == ["frost"] and "mean: frost" in printed and "14 of the 15" in printed
     row = next(line for line in printed.splitlines() if line.startswith("contrast"))
     assert [float(cell) for cell in row.split()[1:6]] == pytest.approx(results["accuracy"]["contrast"], abs=0.005)
+
+
+def test_an_interrupted_measurement_continues_from_its_output(trained, data_dir, tmp_path, monkeypatch, capsys):
+    argv = [str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "4", "--output"]
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    assert corruptions.main([*argv, str(whole)]) == 0
+    table = capsys.readouterr().out
+    predict, calls = corruptions.predict_logits, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 30:  # in the seventh set
+            raise KeyboardInterrupt
+        return predict(*args, **kwargs)
+    monkeypatch.setattr(corruptions, "predict_logits", interrupted)
+    assert corruptions.main([*argv, str(part)]) == 130
+    assert len(json.loads(part.read_text())["accuracy"]) == 6
+    capsys.readouterr()
+    assert corruptions.main([*argv, str(part)]) == 0
+    assert part.read_text() == whole.read_text() and len(calls) == 30 + 71 - 26
+    assert capsys.readouterr().out == table.replace("whole.json", "part.json")
+
+    assert corruptions.main([*argv, str(part), "--seed", "1"]) == 2
+    assert "with other settings or weights" in capsys.readouterr().err
+    part.write_text("notes")
+    assert corruptions.main([*argv, str(part)]) == 2 and part.read_text() == "notes"
 
 
 def test_generated_sets_are_the_clean_images_and_every_corruption(test_set, monkeypatch):
@@ -40,11 +66,18 @@ def test_generated_sets_are_the_clean_images_and_every_corruption(test_set, monk
         assert torch.equal(each.versions[4](), ops.corrupt(split.images, operation, 5, seed=7))
 
 
+def measure(sets: list[corruptions.TestSet], predict) -> dict[str, list[float]]:
+    """Measure from nothing, without saving."""
+    accuracy = {}
+    corruptions.measure(sets, predict, accuracy, lambda: None)
+    return accuracy
+
+
 def test_accuracy_counts_every_image(monkeypatch):
     monkeypatch.setattr(corruptions, "CHUNK", 3)
     targets = torch.tensor([1, 1, 1, 1, 2, 3, 1])
     sets = [corruptions.TestSet("clean", targets, [lambda: torch.zeros(7, 32, 32, 3, dtype=torch.uint8)])]
-    accuracy = corruptions.measure(sets, lambda images: one_hot(torch.ones(len(images), dtype=torch.int64), 10))
+    accuracy = measure(sets, lambda images: one_hot(torch.ones(len(images), dtype=torch.int64), 10))
     assert accuracy == {"clean": [pytest.approx(100 * 5 / 7)]}
 
 
@@ -70,7 +103,7 @@ def folder(tmp_path):
 def test_published_files_are_read_by_severity(folder, capsys):
     def predict(images):
         return one_hot(images[:, 0, 0, 0].long(), 10)
-    accuracy = corruptions.measure(corruptions.find_sets(folder, None), predict)
+    accuracy = measure(corruptions.find_sets(folder, None), predict)
     expected = [100 * (6 - severity) / 6 for severity in range(1, 6)]
     assert accuracy == {name: pytest.approx(expected) for name in ("frost", "fog", "snow")} | {
         "cifar10.1_v6": [pytest.approx(expected[1])]}
@@ -78,7 +111,7 @@ def test_published_files_are_read_by_severity(folder, capsys):
     assert summary["mean"] == pytest.approx(50)
     assert summary["left_out"] == [name for name in NAMES if name not in ("fog", "snow")]
     assert "3 of the 15" in capsys.readouterr().out
-    limited = corruptions.measure(corruptions.find_sets(folder, 4), predict)
+    limited = measure(corruptions.find_sets(folder, 4), predict)
     assert limited["fog"] == pytest.approx([75, 50, 25, 0, 0])
 
 

@@ -4,6 +4,7 @@ python tools/corruptions.py checkpoints/se-resnet/best.pt --output corruptions.j
 python tools/corruptions.py checkpoints/se-resnet/best.pt --test-dir CIFAR-10-C
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -84,24 +85,40 @@ def read_array(path: Path) -> np.ndarray:
         raise UserError(f"{path} is not a valid .npy array ({reason}); unpack the archive again") from error
 
 
-def measure(sets: Sequence[TestSet], predict: Callable[[Tensor], Tensor]) -> dict[str, list[float]]:
-    """Return the accuracy in percent of each version of each set; print a table row per set."""
-    accuracy = {}
+def read_results(path: Path | None, settings: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the accuracies that an interrupted measurement with the same settings has saved."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        saved = json.loads(path.read_text())
+        if saved["settings"] == settings:
+            return saved["accuracy"]
+    except (ValueError, TypeError, LookupError):
+        pass  # another kind of file
+    raise UserError(f"--output {path} exists, with other settings or weights; choose another file, or delete it")
+
+
+def measure(sets: Sequence[TestSet], predict: Callable[[Tensor], Tensor], accuracy: dict[str, list[float]],
+            save: Callable[[], None]) -> None:
+    """Add the accuracy in percent of each version of each set that `accuracy` lacks; save after each set."""
     print_line(f"{'accuracy (%)':<24}{'severity 1':>12}" + "".join(f"{cell:>12}" for cell in (2, 3, 4, 5, "mean")))
-    total = sum(len(each.versions) * len(each.targets) for each in sets)
+    total = sum(len(each.versions) * len(each.targets) for each in sets if each.name not in accuracy)
     with tqdm(total=total, unit=" images", disable=None, leave=False) as bar:
         for each in sets:
-            accuracy[each.name] = values = []
-            for version in each.versions:
-                correct = 0
-                for images, targets in zip(version().split(CHUNK), each.targets.split(CHUNK), strict=True):
-                    correct += (predict(images).argmax(1).cpu() == targets).sum().item()
-                    bar.update(len(images))
-                values.append(100 * correct / len(each.targets))
+            if each.name not in accuracy:
+                values = []
+                for version in each.versions:
+                    correct = 0
+                    for images, targets in zip(version().split(CHUNK), each.targets.split(CHUNK), strict=True):
+                        correct += (predict(images).argmax(1).cpu() == targets).sum().item()
+                        bar.update(len(images))
+                    values.append(100 * correct / len(each.targets))
+                accuracy[each.name] = values
+                save()
+            values = accuracy[each.name]
             row = "".join(f"{value:>12.2f}" for value in (*(values if len(values) > 1 else ()), np.mean(values)))
             with bar.external_write_mode():
                 print_line(f"{each.name:<24}{row:>72}")
-    return accuracy
 
 
 def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, Any]:
@@ -115,7 +132,7 @@ def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, An
         print_line(f"missing from the mean: {', '.join(missing)} ({reason})")
     if not published:
         print_line("the random numbers differ from CIFAR-10-C's; use --test-dir to compare with published results")
-    return {"mean": float(np.mean(found)) if found else None, "left_out": missing, "accuracy": accuracy}
+    return {"mean": float(np.mean(found)) if found else None, "left_out": missing}
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +140,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     parser = Parser("corruptions.py", "CHECKPOINT [flags]", __doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained network, such as RUN/best.pt")
     flag = parser.group("corruptions")
-    flag("--output", None, "save the results", type=Path, metavar="FILE.json")
+    flag("--output", None, "save the results here; an interrupted measurement continues from this file", type=Path,
+         metavar="FILE.json")
     flag("--test-dir", None, "folder of the published CIFAR-10-C or CIFAR-10.1, read instead of generating corruptions",
          type=Path, metavar="DIR")
     flag("--seed", 0, "seed of the generated corruptions", type=at_least(0), metavar="N")
@@ -146,16 +164,21 @@ def run(argv: Sequence[str] | None = None) -> int:
     if list(info.classes) != list(classes):
         raise UserError(f"{args.checkpoint} was trained on the classes {', '.join(info.classes)}, but the images show "
                         f"{', '.join(classes)}; give --synthetic as in training, or leave it out")
-    counts = {each.name: len(each.targets) for each in sets}
+    settings = {"checkpoint": args.checkpoint, "sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+                "precision": precision, "images": {each.name: len(each.targets) for each in sets},
+                "source": str(args.test_dir) if args.test_dir else f"generated, seed {args.seed}"}
+    accuracy = read_results(args.output, settings)
     print_line(f"{args.checkpoint} on {device} in {precision}, "
-               f"{' or '.join(f'{count:,}' for count in sorted(set(counts.values())))} images per severity")
-    accuracy = measure(sets, partial(predict_logits, model, device=device, precision=precision,
-                                     normalize=info.normalize))
-    summary = summarize(accuracy, published=bool(args.test_dir))
+               f"{' or '.join(f'{count:,}' for count in sorted({*settings['images'].values()}))} images per severity")
+
+    def save(**summary: Any) -> None:
+        if args.output:
+            content = {"settings": settings, "accuracy": accuracy, **summary}
+            write_text(args.output, json.dumps(content, indent=2) + "\n")
+    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=info.normalize),
+            accuracy, save)
+    save(**summarize(accuracy, published=bool(args.test_dir)))
     if args.output:
-        source = str(args.test_dir) if args.test_dir else f"generated, seed {args.seed}"
-        settings = {"checkpoint": args.checkpoint, "precision": precision, "images": counts, "source": source}
-        write_text(args.output, json.dumps({**settings, **summary}, indent=2) + "\n")
         print_line(f"saved {args.output}")
     return 0
 
