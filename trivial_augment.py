@@ -58,11 +58,12 @@ def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     Takes and returns images (N, 32, 32, 3) uint8 on any device. Operation and strength are (N,) int64 on the CPU.
     Images that share both are transformed together, so one call for an epoch is faster than many for its batches.
     """
-    code = operation * STRENGTHS + strength
+    has_strength = torch.tensor([first != last for first, last, _, _ in SPACE])
+    code = operation * STRENGTHS + strength * has_strength[operation]
     order = code.argsort()
     codes, counts = code[order].unique_consecutive(return_counts=True)
     out = torch.empty_like(images)
     for rows, code in zip(order.to(images.device).split(counts.tolist()), codes.tolist(), strict=True):
-        group = transform_one(images[rows].permute(0, 3, 1, 2), *divmod(code, STRENGTHS))
-        out[rows] = group.permute(0, 2, 3, 1)
+        group = images[rows].permute(0, 3, 1, 2).contiguous()  # channels_last would take sharpness to cuDNN, in TF32
+        out[rows] = transform_one(group, *divmod(code, STRENGTHS)).permute(0, 2, 3, 1)
     return out

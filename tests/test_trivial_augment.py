@@ -84,6 +84,14 @@ def test_an_image_does_not_depend_on_the_others(images):
         assert torch.equal(part, whole[rows]) and part.is_contiguous()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_images_on_cuda_are_those_on_the_cpu(images):
+    operation, strength = trivial_augment.random_params(2000, 0, 0)
+    many = images[torch.arange(2000) % len(images)]
+    found = trivial_augment.transform(many.cuda(), operation, strength)
+    assert torch.equal(found.cpu(), trivial_augment.transform(many, operation, strength))
+
+
 def test_random_params_are_uniform_and_independent():
     operation, strength = trivial_augment.random_params(140_000, 0, 0)
     assert operation.dtype == strength.dtype == torch.int64
