@@ -16,11 +16,12 @@ def test_variants_are_profiled_with_their_settings(monkeypatch, capsys):
         run, state = build(*args)
         built.append((torch._inductor.config.combo_kernels, run.args.se, run.args.nesterov))
         return run, state
-    monkeypatch.setattr(torch._inductor.config, "combo_kernels", False)  # restored, as is the next one
     monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", torch.backends.cudnn.benchmark_limit)
     monkeypatch.setattr(bench, "build", note)
     monkeypatch.setattr(bench, "EPOCH", 80)  # two full batches
-    assert profile_steps.main(["--variants", "base", "combo_kernels", "strong", *TINY]) == 0
+    monkeypatch.setattr(profile_steps.subprocess, "call", lambda command: profile_steps.main(command[2:]))
+    with torch._inductor.config.patch(combo_kernels=False):  # restores it; monkeypatch would delete it
+        assert profile_steps.main(["--variants", "base", "combo_kernels", "strong", *TINY]) == 0
     assert built == [(False, "stem", False), (True, "stem", False), (False, "block", True)]
     parts = capsys.readouterr().out.strip().split("\n\n")
     for name, part in zip(("base", "combo_kernels", "strong"), parts, strict=True):

@@ -164,7 +164,7 @@ def training_cost(model: nn.Module, precision: str, compiled: bool) -> tuple[flo
 def peak_memory(device: torch.device) -> float:
     """Return the most memory used so far, in MB: of the GPU, else of this process (not on Windows)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+        return torch.cuda.max_memory_reserved(device) / 1e6  # replayed CUDA graphs allocate nothing
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
@@ -199,6 +199,7 @@ def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path
     with contextlib.closing(run.loader):
         whole_rate(run, state, counts.steps)
         if device.type == "cuda":  # forget what cuDNN's trials of algorithms took
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             whole_rate(run, state, counts.steps)
         yield "memory", {"peak memory of training, MB": [peak_memory(device)]}
@@ -230,6 +231,7 @@ def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: 
     build_args, device = (len(run.loader.targets), counts.test_images, run.folder.path), run.device
     extras = build([*flags, *EXTRAS], *build_args)
     a, b = torch.randn(2, counts.size, counts.size, device=device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions have it, in fp32
     c, d = (matrix.to(hardware.PRECISIONS[run.precision]) for matrix in (a, b))
     actions = {"this program, images/s": lambda: whole_rate(run, state, counts.steps),
                "bare steps, images/s": lambda: bare_rate(run, state, counts.steps),

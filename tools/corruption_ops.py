@@ -269,9 +269,9 @@ CORRUPTIONS = {
 def corrupt(images: Tensor, operation: Callable[..., Tensor], severity: int, seed: int = 0) -> Tensor:
     """Corrupt images (N, 32, 32, 3) uint8, from the first of the data set on, at a severity of 1 to 5."""
     constants, name = CORRUPTIONS[operation][severity - 1], zlib.crc32(operation.__name__.encode())
-    corrupted = []
+    corrupted, white = [], torch.tensor([255.0], device=images.device)  # by a plain number, CUDA multiplies by 1 / 255
     for block, chunk in enumerate(images.split(BLOCK)):
         rng = BlockRandom([seed, name, severity, block], len(chunk))
-        x = operation(chunk.permute(0, 3, 1, 2).float() / 255, rng, *constants)
+        x = operation(chunk.permute(0, 3, 1, 2).float() / white, rng, *constants)
         corrupted.append((truncate(x.clamp(0, 1)) * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
     return torch.cat(corrupted)

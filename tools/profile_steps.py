@@ -3,6 +3,7 @@
 Not named profile.py: in the folder of a running tool that would hide the module of Python that torch.compile needs.
 """
 
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -54,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                             "Profile 20 training steps.")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help=", ".join(VARIANTS))
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    options.parse_args(flags)  # report a mistake once
+    if len(own.variants) > 1:  # a process each: cuDNN keeps the algorithms that it has selected
+        return max(subprocess.call([sys.executable, __file__, *flags, "--variants", name]) for name in own.variants)
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        return run_program("profile_steps.py", lambda: max(profile(variant, flags, folder) for variant in own.variants))
+        return run_program("profile_steps.py", lambda: profile(own.variants[0], flags, folder))
 
 
 if __name__ == "__main__":
