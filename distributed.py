@@ -103,8 +103,8 @@ def start() -> World:
                         "torchrun, or set MASTER_ADDR and MASTER_PORT, or unset RANK for a single process") from error
     # torchrun's store survives a restart, with the addresses of killed ranks: each life needs its own names
     store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
-                            world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     hosts = World(rank, size=size).gather(socket.gethostname())  # works with every launcher
     return World(rank, hosts[:rank].count(hosts[rank]), size, hosts.count(hosts[rank]))
 
