@@ -1,6 +1,6 @@
 """Evaluate a network: logits, loss, accuracy, precision, recall, calibration. As a program: evaluate a checkpoint."""
 
-from utils import exit_on_signals, run_program
+from utils import exit_on_signals, program
 
 if __name__ == "__main__":
     exit_on_signals()  # before torch is imported, which takes seconds
@@ -157,7 +157,8 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+@program("evaluate.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate the checkpoint that a command line names; return the exit status."""
     args, given = build_parser().parse(argv)
     device = hardware.select_device(args.device)
@@ -184,11 +185,6 @@ def run(argv: Sequence[str] | None = None) -> int:
         draw_pictures(Path(args.output_dir), logits, test)
         print_line(f"confusion.png and mistakes.png are in {args.output_dir}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    return run_program("evaluate.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

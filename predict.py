@@ -1,6 +1,6 @@
 """Label images: a pickled test set without labels, or image files. From Python: `load_model`."""
 
-from utils import exit_on_signals, run_program
+from utils import exit_on_signals, program
 
 if __name__ == "__main__":
     exit_on_signals()  # before torch is imported, which takes seconds
@@ -135,7 +135,8 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+@program("predict.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Label the images that a command line names; return the exit status."""
     args, _ = build_parser().parse(argv)
     device = hardware.select_device(args.device)
@@ -159,11 +160,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     if failed:
         raise UserError(f"{failed} of {len(paths)} images could not be read")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    return run_program("predict.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the SE-ResNet on CIFAR-10 (`train.py --help`): main, train, train_one_epoch, train_step, then helpers."""
 
-from utils import exit_on_signals, run_program
+from utils import exit_on_signals, program
 
 if __name__ == "__main__":
     exit_on_signals()  # before torch is imported, which takes seconds
@@ -68,18 +68,16 @@ class Run:
                                        self.args.normalize, world=self.world)
 
 
+@program("train.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; return 0, 1 for a failed run, 2 for a user's mistake, 130 or 143 for an interrupted run."""
     args, given = options.parse_args(argv)
-
-    def body() -> int:
-        if args.summary:
-            print_line(models.summarize(options.build_model(args)))
-            return 0
-        status = train(args, given)
-        distributed.stop()
-        return status
-    return run_program("train.py", body)
+    if args.summary:
+        print_line(models.summarize(options.build_model(args)))
+        return 0
+    status = train(args, given)
+    distributed.stop()
+    return status
 
 
 def train(args: Namespace, given: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """Errors, messages, atomic writes and signals. Imports no torch, so that a program can use it from its first line."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -44,18 +45,23 @@ def warn(text: str) -> None:
     print_line(f"warning: {' '.join(text.split())}", sys.stderr)
 
 
-def run_program(name: str, body: Callable[[], int]) -> int:
-    """Run the body of a program; print an error in one line and return the exit status."""
-    import torch  # already loaded by every program
+def program(name: str) -> Callable:
+    """Decorate the main function of a program, so that it prints an error in one line and returns the exit status."""
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(*args: Any) -> int:
+            import torch  # already loaded by every program
 
-    try:
-        return body()
-    except KeyboardInterrupt:
-        print_line("interrupted", sys.stderr)
-        return 130
-    except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
-        print_line(f"{name}: error: {' '.join(str(error).split('. Tried to')[0].split())}", sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+            try:
+                return main(*args)
+            except KeyboardInterrupt:
+                print_line("interrupted", sys.stderr)
+                return 130
+            except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
+                print_line(f"{name}: error: {' '.join(str(error).split('. Tried to')[0].split())}", sys.stderr)
+                return 2 if isinstance(error, UserError) else 1
+        return run
+    return decorate
 
 
 def exit_status(number: int) -> int:

@@ -89,7 +89,7 @@ def test_a_run_without_a_stream(stream, run, unbroken, tmp_path, monkeypatch):
 def test_an_error_is_one_line_and_a_status(error, line, status, capsys):
     def body():
         raise error
-    assert utils.run_program("name", body) == status
+    assert utils.program("name")(body)() == status
     assert capsys.readouterr().err == line
 
 

@@ -33,7 +33,7 @@ import train
 from checkpoint import RunFolder, TrainState
 from distributed import World
 from train import Run, train_step
-from utils import RunError, Signals, UserError, exit_on_signals, print_line, run_program, write_text
+from utils import RunError, Signals, UserError, exit_on_signals, print_line, program, write_text
 
 EPOCH, TEST_SET = 50_000, 10_000  # images
 EXTRAS = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add
@@ -291,13 +291,14 @@ def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
     return 0
 
 
+@program("bench.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
+    """Run the benchmark that a command line describes; return the exit status."""
     parser = options.Parser("bench.py", "[--quick] [--json FILE] [flags of train.py]", __doc__.partition(":")[0] + ".")
     parser.add_argument("--quick", action="store_true", default=False, help="fewer and smaller measurements")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the results as data")
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    return run_program("bench.py", lambda: run_benchmark(flags, own.quick, own.json))
+    return run_benchmark(flags, own.quick, own.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
 from options import Parser
-from utils import UserError, check_output, print_line, run_program, write_text
+from utils import UserError, check_output, print_line, program, write_text
 
 PLACES = {"output_dir", "data_dir", "workers", "save_minutes", "log_interval", "max_params"}  # no effect on results
 HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may hold "auto"
@@ -145,7 +145,8 @@ def draw_runs(groups: Sequence[Sequence[Run]], path: Path):
     return plots.save(figure, path)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+@program("compare.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the files that a command line asks for."""
     parser = Parser("compare.py", "RUN... [flags]", __doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
@@ -165,11 +166,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     if args.markdown:
         write_text(args.markdown, "\n\n".join(parts) + "\n")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    return run_program("compare.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

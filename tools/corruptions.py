@@ -25,7 +25,7 @@ import hardware
 from evaluate import load_checkpoint_model, predict_logits
 from options import Parser, add_data_flags, add_hardware_flags, at_least
 from tools.corruption_ops import CORRUPTIONS, corrupt
-from utils import UserError, check_output, print_line, run_program, write_text
+from utils import UserError, check_output, print_line, program, write_text
 
 NAMES = ["frost", *(operation.__name__ for operation in CORRUPTIONS)]
 SEVERITIES = range(1, 6)
@@ -135,7 +135,8 @@ def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, An
     return {"mean": float(np.mean(found)) if found else None, "left_out": missing}
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+@program("corruptions.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and save what a command line asks for."""
     parser = Parser("corruptions.py", "CHECKPOINT [flags]", __doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained network, such as RUN/best.pt")
@@ -181,11 +182,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     if args.output:
         print_line(f"saved {args.output}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    return run_program("corruptions.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

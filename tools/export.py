@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_checkpoint, save_checkpoint
 from options import Parser
 from predict import load_model
-from utils import UserError, check_output, print_line, run_program, write_atomically
+from utils import UserError, check_output, print_line, program, write_atomically
 
 PLACES = {"data_dir", "output_dir", "init_from"}  # folders of the machine that trained the network
 
@@ -51,7 +51,8 @@ def to_share(checkpoint: dict[str, Any]) -> dict[str, Any]:
                                                if name in checkpoint}}
 
 
-def run(argv: Sequence[str] | None = None) -> int:
+@program("export.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Export the checkpoint that a command line names."""
     parser = Parser("export.py", "CHECKPOINT --output FILE", __doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained network, such as RUN/best.pt")
@@ -74,11 +75,6 @@ def run(argv: Sequence[str] | None = None) -> int:
     write_atomically(args.output, lambda temporary: temporary.write_bytes(content))
     print_line(f"{args.output}: images (N, 3, 32, 32) float32 in [0, 1] -> logits of {', '.join(classes)}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
-    return run_program("export.py", lambda: run(argv))
 
 
 if __name__ == "__main__":

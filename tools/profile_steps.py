@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 
 import options
 from tools import bench
-from utils import exit_on_signals, print_line, run_program
+from utils import exit_on_signals, print_line, program
 
 STEPS, VARIANTS = 20, ("base", "combo_kernels", "cudnn_benchmark_limit_0", "strong")
 
@@ -49,8 +49,9 @@ def profile(variant: str, flags: Sequence[str], folder: str) -> int:
     return 0
 
 
+@program("profile_steps.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; return its exit status."""
+    """Profile the variants that a command line names; return the exit status."""
     parser = options.Parser("profile_steps.py", "[--variants NAME ...] [flags of train.py]",
                             "Profile 20 training steps.")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help=", ".join(VARIANTS))
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(own.variants) > 1:  # a process each: cuDNN keeps the algorithms that it has selected
         return max(subprocess.call([sys.executable, __file__, *flags, "--variants", name]) for name in own.variants)
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        return run_program("profile_steps.py", lambda: profile(own.variants[0], flags, folder))
+        return profile(own.variants[0], flags, folder)
 
 
 if __name__ == "__main__":
