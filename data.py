@@ -24,7 +24,6 @@ from distributed import World
 from hardware import count_cores
 from utils import STOP_SIGNALS, UserError
 
-SYNTHETIC_FOLDER = "synthetic-10-batches-py"
 BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger kernels to launch
 SPLIT_SEED = 20090408  # of --val-size alone: runs with different --seed hold out the same images
 
@@ -48,29 +47,19 @@ def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool =
                ) -> Split:
     """Read the images of `cifar10.TRAIN_FILES` or `TEST_FILES`, or the first `limit` of them.
 
-    CIFAR-10 is downloaded, or synthetic images are drawn, where the folder does not hold them.
+    CIFAR-10 is downloaded if the folder does not hold it. `use_synthetic` draws images instead.
     """
-    if use_synthetic:
-        if limit is not None:  # draw no more files than needed
-            files = files[:-(-limit // synthetic.IMAGES_PER_FILE)]
-        folder = Path(data_dir) / SYNTHETIC_FOLDER
-        try:
-            synthetic.write(folder, files)
-        except OSError as error:
-            raise UserError(f"cannot write generated images to {folder} ({error.strerror}); choose another --data-dir"
-                            ) from error
-    else:
-        folder = cifar10.find_folder(data_dir) or cifar10.download(Path(data_dir))
+    folder = None if use_synthetic else cifar10.find_folder(data_dir) or cifar10.download(Path(data_dir))
     parts, count = [], 0
     for name in files:
         if limit is None or count < limit:
-            parts.append(cifar10.read_labelled(folder / name))
+            parts.append(synthetic.make_batch(name) if use_synthetic else cifar10.read_labeled(folder / name))
             count += len(parts[-1][1])
     if limit is not None and count < limit:
-        raise UserError(f"{folder} has {count} images in {', '.join(files)}, fewer than the limit of {limit}")
+        raise UserError(f"{folder or '--synthetic'} has {count} images in {', '.join(files)}, fewer than the limit of "
+                        f"{limit}")
     images, targets = (torch.from_numpy(np.concatenate(arrays)[:limit]) for arrays in zip(*parts, strict=True))
-    meta = folder / cifar10.META_FILE
-    return Split(images, targets, cifar10.read_label_names(meta) if meta.exists() else list(cifar10.CLASSES))
+    return Split(images, targets, list(synthetic.NAMES if use_synthetic else cifar10.CLASSES))
 
 
 def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
@@ -81,8 +70,8 @@ def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
         size = val_size // 10 + (label < val_size % 10)
         members = order[split.targets[order] == label]
         if len(members) <= size:
-            raise UserError(f"--val-size {val_size} takes {size} images of class {split.classes[label]}, which has "
-                            f"{len(members)}; choose a smaller one")
+            raise UserError(f"--val-size ({val_size}) leaves no training images of class {split.classes[label]}, which "
+                            f"has {len(members)}; choose a smaller value")
         chosen.append(members[:size])
     is_val = torch.zeros(len(split.targets), dtype=torch.bool)
     is_val[torch.cat(chosen)] = True
@@ -96,10 +85,10 @@ def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split
         test = load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
         train, val = hold_out(train, args.val_size) if args.val_size else (train, None)
         if args.batch_size > len(train.targets):
-            raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the training "
-                            "images")
+            raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the number of "
+                            "training images")
         return train, val, test
-    # the first rank of each machine goes ahead: it may have to download or draw
+    # the first rank of each machine goes ahead: it may have to download
     first = world.run(lambda: read() if world.local_rank == 0 else None)
     return world.run(lambda: first or read())
 

@@ -138,8 +138,7 @@ def use_data_of(info: CheckpointInfo, args: Namespace, given: dict[str, Any]) ->
     """Take the kind of images and their folder from a checkpoint where the command line does not name them."""
     args.synthetic = given.get("synthetic", info.args.get("synthetic", False))
     folder = info.args.get("data_dir", args.data_dir)  # relative to where the training ran
-    there = (Path(folder) / data.SYNTHETIC_FOLDER).is_dir() if args.synthetic else cifar10.find_folder(folder)
-    if "data_dir" not in given and there:
+    if "data_dir" not in given and cifar10.find_folder(folder):
         args.data_dir = folder
 
 

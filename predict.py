@@ -112,7 +112,7 @@ def label_pickles(paths: Sequence[str], model: nn.Module, **settings) -> list[tu
     """Label pickled images; return the rows of the CSV file. Files without ids are numbered from 0."""
     images, ids, count = [], [], 0
     for path in paths:
-        found, found_ids = cifar10.read_unlabelled(path)
+        found, found_ids = cifar10.read_unlabeled(path)
         images.append(found)
         ids.append(np.arange(count, count + len(found)) if found_ids is None else found_ids)
         count += len(found)

@@ -1,5 +1,6 @@
 """Shared fixtures: generated batch files, flags for runs that take a second, and a trained network."""
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import cifar10
 import data
 import evaluate
 import predict
+import synthetic
 import train
 
 # A network of some thousand parameters on 96 images: 3 steps an epoch.
@@ -31,13 +33,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once():
+    """Draw each file of generated images once; it takes half a second."""
+    synthetic.make_batch = functools.cache(synthetic.make_batch)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """A data folder with generated images, made by the program itself."""
-    folder = tmp_path_factory.mktemp("data")
-    data.load_split(folder, cifar10.TRAIN_FILES, use_synthetic=True, limit=96)
-    data.load_split(folder, cifar10.TEST_FILES, use_synthetic=True, limit=50)
-    return folder
+    """An empty data folder, for tests with generated images."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ WRITTEN = {
 FOREIGN = [
     ("os", "system"), ("posix", "system"), ("builtins", "eval"), ("builtins", "getattr"), ("__builtin__", "apply"),
     ("copyreg", "_reconstructor"), ("codecs", "encode"), ("_codecs", "decode"), ("torch", "load"),
-    ("cifar10", "write_batch"), ("numpy", "load"), ("numpy", "memmap"), ("numpy", "frombuffer"),
+    ("cifar10", "download"), ("numpy", "load"), ("numpy", "memmap"), ("numpy", "frombuffer"),
     ("numpy", "ndarray.tofile"), ("numpy", "dtype.__new__"), ("numpy", "f2py.os.system"),
     ("numpy.core", "multiarray._reconstruct"), ("numpy._core.multiarray", "fromfile"),
     ("numpy.core.multiarray", "_reconstruct.__globals__"), ("numpy.testing._private.utils", "runstring")]
@@ -158,14 +158,14 @@ def main(folder: Path) -> None:
     events, errors = [], {}
     for content in valid().values():  # Python imports its codecs at their first use
         (folder / "warm-up").write_bytes(content)
-        cifar10.read_labelled(folder / "warm-up")
+        cifar10.read_labeled(folder / "warm-up")
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
     sys.addaudithook(lambda event, args: event == "open" and args[1] in ("r", "rb") or events.append(event))
     for path in sorted(folder.glob("[0-9]*")):
         events.clear()
         try:
-            cifar10.read_labelled(path)
+            cifar10.read_labeled(path)
         except UserError as error:
             errors[path.name] = str(error)
         assert not events, (path.name, events)

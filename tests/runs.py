@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -18,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-import cifar10
 import evaluate
 import train
 import utils
@@ -73,8 +73,16 @@ def write_data(folder: Path, count: int) -> Path:
     rng = np.random.default_rng(0)
     for name, size in (("data_batch_1", count), ("test_batch", 20)):
         images = rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
-        cifar10.write_batch(folder / name, images, np.arange(size) % 10, name)
+        write_batch(folder / name, images, np.arange(size) % 10)
     return folder
+
+
+def write_batch(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write images (N, 32, 32, 3) uint8 and labels as a batch file with the official keys."""
+    batch = {b"batch_label": b"test", b"labels": labels.tolist(),
+             b"data": images.transpose(0, 3, 1, 2).reshape(len(images), 3072),
+             b"filenames": [b"%06d.png" % index for index in range(len(images))]}
+    path.write_bytes(pickle.dumps(batch, protocol=2))
 
 
 def command_line(data: Path, folder: Path, *flags: str) -> list[str]:

@@ -7,10 +7,10 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import runs
 import torch
 from conftest import accuracy_in, one_by_one
 
-import cifar10
 import evaluate
 import models
 import plots
@@ -116,7 +116,7 @@ def test_a_published_checkpoint(scores, refused, test_set, tmp_path):
     path = tmp_path / "ckpt.pth"
     torch.save({"net": {f"module.{name}": value for name, value in model.state_dict().items()}, "acc": 93.21,
                 "epoch": 187, "config": {"num_blocks": [4, 4, 3], "lr": np.float64(0.1), "nothing": None}}, path)
-    cifar10.write_batch(tmp_path / "test_batch", test_set.images[:10].numpy(), test_set.targets[:10].numpy(), "test")
+    runs.write_batch(tmp_path / "test_batch", test_set.images[:10].numpy(), test_set.targets[:10].numpy())
     plain = plain_scores(one_by_one(model, test_set.images[:10]).softmax(1), test_set.targets[:10])
     assert scores("--data-dir", tmp_path, "--limit-test", "10", checkpoint=path) == plain
     line = refused("--synthetic", checkpoint=path)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -189,7 +190,8 @@ def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path
     device, cores, repeats = hardware.select_device(args.device), hardware.count_cores(), counts.repeats
     for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
         split = random_split(-(-EPOCH // len(cifar10.TRAIN_FILES)))
-        cifar10.write_batch(folder / name, split.images.numpy(), split.targets.numpy(), name)
+        batch = {"data": split.images.permute(0, 3, 1, 2).flatten(1).numpy(), "labels": split.targets.tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
     caches = (", cold compile cache", ", warm compile cache") if args.compile else ("",)
     yield "start", {f"command to the end of the first step{cache}, s": [start_seconds(flags, folder)]
                     for cache in caches}
