@@ -8,7 +8,6 @@ if __name__ == "__main__":
 import csv
 import io
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,16 +53,11 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
 def read_image(path: str | Path) -> np.ndarray:
     """Read a PNG or JPEG file as (32, 32, 3) uint8, upright and resized."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # a small file can claim a huge image
-            image = Image.open(path, formats=("PNG", "JPEG"))
-        with image:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
             if image.mode.startswith("I"):  # 16-bit gray, which convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = ImageOps.exif_transpose(image)  # phones store photos sideways, with the rotation as a tag
-            if image.size != (SIZE, SIZE):
-                image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-            return np.array(image.convert("RGB"))
+            return np.array(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UserError(f"{path} is not a readable PNG or JPEG image ({error})") from error
 

@@ -103,13 +103,6 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # a rename reaches the disk with its folder; Windows cannot open one
-        with contextlib.suppress(OSError):  # some network file systems cannot fsync a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
 
 def check_output(path: str | Path) -> None:

@@ -105,16 +105,3 @@ def test_write_text_keeps_links_and_writes_to_pipes(tmp_path):
     utils.write_text(tmp_path / "pipe", "line\n")
     reader.join()
     assert found == ["line\n"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
-
-
-def test_a_file_system_that_cannot_fsync_folders(run, unbroken, tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def refuse(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    assert run() == 0
-    runs.assert_same_run(tmp_path / "run", unbroken)
