@@ -52,7 +52,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} not found; expected a file such as checkpoints/se-resnet/best.pt")
+        problem = f"is a folder; try {path / 'best.pt'}" if path.is_dir() else (
+            "not found; expected a file such as checkpoints/se-resnet/best.pt")
+        raise UserError(f"checkpoint {path} {problem}")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
@@ -82,10 +84,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
     """Load weights into a network; a different architecture is an error that names the first difference."""
     expected = model.state_dict()
     for name in [*expected, *weights]:
-        found, wanted = (tuple(d[name].shape) if name in d else "nothing" for d in (weights, expected))
+        found, wanted = (tuple(d[name].shape) if name in d else "missing" for d in (weights, expected))
         if found != wanted:
-            raise UserError(f"{path} has a different architecture: {name} is {found}, expected {wanted}; pass the "
-                            "model flags that it was trained with")
+            raise UserError(f"{path} has a different architecture: {name} is {found} there and {wanted} in the network "
+                            "that its settings or your model flags describe")
     model.load_state_dict(weights)
 
 
@@ -152,8 +154,7 @@ class TrainState:
                 self.totals.copy_(torch.stack(saved["totals"]).sum(0))
             set_rng_state(saved["rng"][world.rank % len(saved["rng"])], self.device)
             if self.scheduler.last_epoch != self.epoch * self.steps_per_epoch + self.step:
-                raise ValueError(f"its epochs have another number of steps than {self.steps_per_epoch}; has the data "
-                                 "set changed?")
+                raise ValueError(f"expected {self.steps_per_epoch} steps per epoch; has the training set changed?")
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"checkpoint {path} does not fit this run ({type(error).__name__}: {error!s:.150})"
                             ) from error

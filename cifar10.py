@@ -41,7 +41,7 @@ MD5 = "c58f30108f718f92721af3b95e74349a"
 TIMEOUT = 30  # seconds without data
 PAUSES = (1, 2, 4)  # seconds before each retry
 
-MAX_BYTES = 128 * 2**20  # per file; the official ones have 31 MB
+MAX_BYTES = 128 * 2**20  # per file; the official ones are 31 MB
 MAX_OPCODES = 500_000  # per file; the official ones have 30,000
 MAX_TUPLES = 64  # per file, besides the arguments of calls; an array takes two
 GLOBALS = frozenset({
@@ -251,7 +251,7 @@ def _fetch(url: str, path: Path, md5: str) -> None:
                 raise ConnectionError(f"connection closed after {file.tell():,} of {total:,} bytes")
             except (OSError, http.client.HTTPException) as error:
                 status = getattr(error, "code", 500)
-                if status == 416:  # Range Not Satisfiable: the file is too long, which the checksum will tell
+                if status == 416:  # Range Not Satisfiable: the file is too long, which the checksum will detect
                     return
                 if file.tell() > size:
                     pauses = iter(PAUSES)  # each piece of a slow download has its own retries

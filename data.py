@@ -161,7 +161,7 @@ class Loader:
 
 
 class DeviceLoader(Loader):
-    """Keeps the whole set in device memory as bytes; batches are cropped, flipped and normalized there."""
+    """Keep the whole set in device memory as bytes; batches are cropped, flipped and normalized there."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -187,7 +187,7 @@ class DeviceLoader(Loader):
 
 
 class WorkersLoader(Loader):
-    """Loads like the published code: torchvision's transforms per image, in `workers` processes (0: in this one)."""
+    """Load like the published code: torchvision's transforms per image, in `workers` processes (0: in this one)."""
 
     def __init__(self, *args, workers: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -226,7 +226,7 @@ def build_loader(split: Split, args: Namespace, device: torch.device, world: Wor
 
 
 class ImageDataset(Dataset):
-    """Transforms single images by torchvision, with random parameters handed in."""
+    """Transform single images with torchvision, with random parameters handed in."""
 
     def __init__(self, images: Tensor, targets: Tensor, args: Namespace):
         self.images, self.targets, self.args = images, targets, args

@@ -99,9 +99,9 @@ def start() -> World:
     try:
         store, rank, size = next(dist.rendezvous("env://"))
     except ValueError as error:  # srun and mpirun may set the ranks but no address
-        raise UserError(f"RANK and WORLD_SIZE are set, but not all of what connects the ranks ({error}); start with "
-                        "torchrun, or set MASTER_ADDR and MASTER_PORT, or unset RANK for a single process") from error
-    # torchrun's store survives a restart, with the addresses of killed ranks: each life needs its own names
+        raise UserError(f"RANK and WORLD_SIZE are set, but the rendezvous settings are incomplete ({error}); use "
+                        "torchrun, set MASTER_ADDR and MASTER_PORT, or unset RANK for a single process") from error
+    # torchrun's store survives a restart, with the addresses of killed ranks: each restart needs its own prefix
     store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -121,7 +121,7 @@ def stop() -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Sum the gradients over all ranks, in one message.
+    """Sum the gradients over all ranks, in a single all-reduce.
 
     DistributedDataParallel averages, and needs a forward pass on every rank; in the last batch of an epoch a rank may
     have no image.

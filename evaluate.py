@@ -145,9 +145,10 @@ def use_data_of(info: CheckpointInfo, args: Namespace, given: dict[str, Any]) ->
 def build_parser() -> options.Parser:
     """Build the parser of evaluate.py."""
     parser = options.Parser("evaluate.py", "CHECKPOINT [flags]", "Print the test accuracy of a checkpoint.",
-                            ["python evaluate.py checkpoints/pretrained.pt --tta",
+                            ["python evaluate.py checkpoints/se-resnet/best.pt --tta",
                              "python evaluate.py checkpoints/se-resnet/best.pt --output-dir report"])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or a published one")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="best.pt or last.pt of a run, or a checkpoint of the published code")
     flag = parser.group("output")
     flag("--output-dir", None, "also draw confusion.png and mistakes.png into this folder", metavar="DIR")
     flag("--tta", False, "average the predictions of each image and its horizontal flip")

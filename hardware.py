@@ -68,9 +68,9 @@ def restore_threads(threads: int | None) -> None:
 def set_up_backend(device: torch.device, deterministic: bool = False) -> None:
     """Select the fastest algorithms, or repeatable ones."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
     torch.use_deterministic_algorithms(deterministic)
-    torch._inductor.config.deterministic = deterministic  # otherwise it times reductions, which add in any order
+    torch._inductor.config.deterministic = deterministic  # otherwise autotuning changes the order of sums
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     elif device.type == "cpu":

@@ -79,6 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line instead of the usage, and exit with status 2."""
+        if message.startswith("unrecognized"):
+            message += f"; see {self.prog} --help"
         first = os.environ.get("RANK", "0") == "0"  # torchrun starts every rank with the same mistake
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if first else None)
 
@@ -110,7 +112,8 @@ def add_data_flags(parser: Parser, only: Collection[str] | None = None) -> None:
     flag("--synthetic", False, "use generated images instead of CIFAR-10, without a download")
     flag("--val-size", 0, "training images held out to select best.pt; 0 selects it on the test set",
          type=at_least(0), metavar="N")
-    flag("--limit-train", None, "use the first N training images (default: all)", type=positive, metavar="N")
+    flag("--limit-train", None, "use the first N training images, validation images included (default: all)",
+         type=positive, metavar="N")
     flag("--limit-test", None, "use the first N test images (default: all)", type=positive, metavar="N")
 
 
@@ -123,7 +126,7 @@ def add_hardware_flags(parser: Parser, only: Collection[str] | None = None) -> N
     flag("--workers", 0, "0: the data set lives on the device and batches are made there; N: torchvision transforms "
          "in N worker processes, like the published code", type=at_least(0), metavar="N")
     flag("--compile", None, "torch.compile (default: on for CUDA)", action=argparse.BooleanOptionalAction)
-    flag("--deterministic", False, "bitwise repeatable on CUDA, more slowly; CPUs are always repeatable")
+    flag("--deterministic", False, "deterministic algorithms on CUDA (slower); CPU runs are always deterministic")
 
 
 def build_parser() -> Parser:
@@ -152,8 +155,8 @@ def build_parser() -> Parser:
          type=int, nargs="+", metavar="K")
     flag("--dropout", 0.0, "dropout probability after each block and before the linear layer", type=float, metavar="P")
     flag("--block", "basic", "basic, or preact (arXiv 1603.05027)", choices=tuple(models.BLOCKS), metavar="KIND")
-    flag("--se", "stem", "squeeze-and-excitation after the stem, in each block, or none", choices=models.SE_PLACES,
-         metavar="PLACE")
+    flag("--se", "stem", "where to place squeeze-and-excitation: stem, block (every residual block) or none",
+         choices=models.SE_PLACES, metavar="PLACE")
     flag("--se-reduction", 16, "reduction ratio of squeeze-and-excitation", type=int, metavar="N")
     flag("--max-params", 5_000_000, "refuse a network with more parameters; 0 is no limit", type=at_least(0),
          metavar="N")
@@ -225,7 +228,7 @@ def check_training(args: Namespace, given: dict[str, Any]) -> None:
     if args.warmup_epochs and args.scheduler == "onecycle":
         raise UserError("--scheduler onecycle has its own warm-up; leave out --warmup-epochs")
     if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); add "
+        raise UserError(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
                         f"--warmup-epochs {args.epochs / 10:g}")
 
 

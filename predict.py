@@ -117,9 +117,10 @@ def label_pickles(paths: Sequence[str], model: nn.Module, **settings) -> list[tu
 def build_parser() -> options.Parser:
     """Build the parser of predict.py."""
     parser = options.Parser("predict.py", "CHECKPOINT IMAGES... [flags]", "Label images.",
-                            ["python predict.py checkpoints/pretrained.pt photo.png folder/",
+                            ["python predict.py checkpoints/se-resnet/best.pt photo.png folder/",
                              "python predict.py checkpoints/run/best.pt cifar_test_nolabel.pkl --output labels.csv"])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or a published one")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT",
+                        help="best.pt or last.pt of a run, or a checkpoint of the published code")
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="PNG or JPEG files, folders of them, or a pickled "
                         "test set without labels")
     flag = parser.group("output")

@@ -340,9 +340,9 @@ def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
 def describe(run: Run, state: TrainState) -> str:
     """Return the start-up lines."""
     args, env, loader = run.args, run.environment, run.loader
-    size = f"{env['threads']} threads" if run.is_cpu and env["ranks"] == 1 else f"{env['ranks']} ranks"
+    kind, count = ("thread", env["threads"]) if run.is_cpu and env["ranks"] == 1 else ("rank", env["ranks"])
     start = f"resumed in epoch {state.epoch + 1} after step {state.step}" if state.epoch or state.step else "new run"
-    return (f"device  {hardware.describe(run.device)}, {run.precision}, {size}, "
+    return (f"device  {hardware.describe(run.device)}, {run.precision}, {count} {kind}{'s' * (count > 1)}, "
             f"{'compiled' if env['compile'] else 'not compiled'}\n"
             f"model   SE-ResNet {args.num_blocks}, {models.count_parameters(state.model):,} parameters\n"
             f"data    {len(loader.targets):,} training and {len(run.eval_split.targets):,} {run.selected_on} images"
@@ -384,7 +384,7 @@ def finish_run(run: Run, state: TrainState, test_split: data.Split) -> None:
                "device": hardware.describe(run.device), "versions": hardware.versions()}
     write_text(run.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
     evaluate.draw_pictures(run.folder.path, logits, test_split)
-    note = (f"test accuracy of best.pt {test_accuracy:.2f}%; the test set was used this once"
+    note = (f"test accuracy of best.pt {test_accuracy:.2f}%; the test set was evaluated only once"
             if run.eval_name == "val" else
             "the best epoch was selected on the test set, so its accuracy is optimistic; --val-size avoids that")
     print_line(f"{run.selected_on} accuracy: last epoch {last_accuracy:.2f}%, best {best['accuracy']:.2f}% "

@@ -117,7 +117,7 @@ class SEResNet(nn.Module):
         dropout: Probability after each block and before the linear layer.
         block: "basic" (arXiv 1512.03385) or "preact" (arXiv 1603.05027).
         se: SE after the "stem", in every residual "block", or "none".
-        se_reduction: Channels per squeezed channel.
+        se_reduction: Reduction ratio; the bottleneck has channels // se_reduction channels.
 
     Raises:
         ValueError: No network can be built from these; the message names the argument.

@@ -151,7 +151,7 @@ def test_a_killed_benchmark_has_written_the_sections_before(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("flags, status, message", [
-    (["--compile"], 1, "could not be compiled"), (["--resume"], 2, "not for the benchmark")])
+    (["--compile"], 1, "could not be compiled"), (["--resume"], 2, "cannot be used with bench.py")])
 def test_mistakes_are_one_line(flags, status, message, monkeypatch, capsys):
     set_up(monkeypatch)
     monkeypatch.setattr(hardware, "compile_or_warn", lambda *_: None)

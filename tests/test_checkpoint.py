@@ -335,8 +335,8 @@ WRONG = {
     "no optimizer": (edit(optimizer=None), "weights only and cannot be resumed"),
     "no schedule": (edit(scheduler=None), "does not fit this run (KeyError: 'scheduler')"),
     "other version": (edit(version=1), "version 1, expected 2"),
-    "other step": (edit(step=1), "its epochs have another number of steps than 4; has the data set changed?"),
-    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is nothing"),
+    "other step": (edit(step=1), "expected 4 steps per epoch; has the training set changed?"),
+    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is missing there"),
 }
 
 

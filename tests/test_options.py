@@ -114,7 +114,7 @@ def test_bad_argument_files(content, words, tmp_path, capsys):
 
 def test_a_recipe_and_a_flag_that_exclude_each_other(capsys):
     flags = [f"@{ROOT / 'recipes/strong.txt'}", "--epochs", "2"]
-    assert "--warmup-epochs (5) must be less than --epochs (2); add --warmup-epochs 0.2" in mistake(capsys, *flags)
+    assert "--warmup-epochs (5) must be less than --epochs (2); try --warmup-epochs 0.2" in mistake(capsys, *flags)
     assert options.parse_args([*flags, "--warmup-epochs", "0.2"])[0].warmup_epochs == 0.2
 
 def mistake(capsys, *argv: object) -> str:
@@ -133,7 +133,7 @@ def mistake(capsys, *argv: object) -> str:
     --optimizer sdg: 'sdg' choose sgd adadelta | --scheduler step: 'step' cosine onecycle constant
     --device cuda: finds no such device --device auto | --block resnext: 'resnext' basic preact
     --se head: 'head' stem block none | --epochs 0: 0 at least 1 | --epochs many: 'many' int
-    --epoch 5: unrecognized --epoch | --frobnicate: unrecognized | stray: unrecognized stray
+    --epoch 5: unrecognized --epoch train.py --help | --frobnicate: unrecognized | stray: unrecognized stray
     --augment off: * unrecognized off | --output-dir: expected one argument | --batch-size 0: 0 at least 1
     --lr nan: nan at least 0 | --lr inf: inf at least 0 | --lr -1: -1 at least 0 | --ema 1: 1 at least 0 below 1
     --seed -1: -1 at least 0 | --seed 9999999999999999999: below 4611686018427387904 | --cutmix nan: nan at least 0
@@ -150,8 +150,8 @@ def mistake(capsys, *argv: object) -> str:
     --momentum 0.5 --optimizer adam: --optimizer adam has none
     --momentum 0.9 --scheduler onecycle: --scheduler onecycle leave out --momentum
     --warmup-epochs 1 --scheduler onecycle: onecycle leave out --warmup-epochs
-    --warmup-epochs 200: --warmup-epochs (200) --epochs (200) add --warmup-epochs 20
-    --resume auto --warmup-epochs 200: * add --warmup-epochs 20
+    --warmup-epochs 200: --warmup-epochs (200) --epochs (200) try --warmup-epochs 20
+    --resume auto --warmup-epochs 200: * try --warmup-epochs 20
     """.replace("\n", "|").strip("| ").split("|")])
 def test_mistakes(command, words, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

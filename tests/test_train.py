@@ -162,7 +162,7 @@ def test_resume_keeps_the_number_of_threads_where_the_cores_allow_it(cores, run,
     finally:
         torch.set_num_threads(1)
     printed = capsys.readouterr()
-    assert f", {cores} threads," in printed.out
+    assert f", {cores} thread{'s' * (cores > 1)}," in printed.out
     if cores == 1:
         assert printed.err == "warning: resuming, but not bitwise-identically: threads 2 -> 1\n"
     else:
@@ -287,7 +287,7 @@ def test_lines_and_metrics(run, tmp_path, capsys):
     assert printed.err == ""  # no progress bar where it is not a terminal
     lines, folder = printed.out.splitlines(), tmp_path / "run"
     assert [line.split()[0] for line in lines[:5]] == ["device", "model", "data", "recipe", "folder"]
-    for line, part in zip(lines, ["CPU, fp32, 1 threads, not compiled", "SE-ResNet [1, 1], 5,342 parameters",
+    for line, part in zip(lines, ["CPU, fp32, 1 thread, not compiled", "SE-ResNet [1, 1], 5,342 parameters",
                                   "30 training", "2 epochs of 4 steps, batch 8, sgd, lr 0.01, cosine",
                                   f"{folder} (new run)"], strict=False):
         assert part in line

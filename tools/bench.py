@@ -1,6 +1,6 @@
-"""Measure how fast this program trains, beside the published code: `python tools/bench.py --json cpu.json`.
+"""Measure how fast this program trains, compared with the published code: `python tools/bench.py --json cpu.json`.
 
-Whatever is compared is measured in turns in one run, so that a machine that gets busier changes both sides of a ratio.
+Measurements are interleaved in one run, so that other load on the machine affects both sides of a ratio.
 The images are random bytes: no time depends on their content. Files go to a temporary folder.
 """
 
@@ -178,7 +178,7 @@ def start_seconds(flags: Sequence[str], folder: Path) -> float:
         try:
             while not (path / "previous.pt").exists():  # the checkpoint before the first step, renamed after it
                 if process.poll() is not None:
-                    raise RunError("train.py, started to be timed, has ended before its first step")
+                    raise RunError("the timed train.py ended before its first step")
                 time.sleep(0.01)
             return time.perf_counter() - start
         finally:
@@ -262,7 +262,7 @@ def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
     """Print each section as it is finished, and write all that is measured so far."""
     args, _ = options.parse_args(flags)
     if args.resume is not None or args.init_from or args.summary:
-        raise UserError("--resume, --init-from and --summary are not for the benchmark")
+        raise UserError("--resume, --init-from and --summary cannot be used with bench.py")
     device = hardware.select_device(args.device)
     counts = COUNTS["cuda" if device.type == "cuda" else "cpu", quick]
     compiled = hardware.should_compile(args.compile, device)
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark that a command line describes; return the exit status."""
     parser = options.Parser("bench.py", "[--quick] [--json FILE] [flags of train.py]", __doc__.partition(":")[0] + ".")
     parser.add_argument("--quick", action="store_true", default=False, help="fewer and smaller measurements")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the results as data")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write results to this file")
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     return run_benchmark(flags, own.quick, own.json)
 

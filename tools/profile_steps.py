@@ -1,6 +1,6 @@
 """Profile 20 training steps: `python tools/profile_steps.py [--variants base strong] [flags of train.py]`.
 
-Not named profile.py: in the folder of a running tool that would hide the module of Python that torch.compile needs.
+Not named profile.py, which would shadow the standard module that torch.compile imports.
 """
 
 import subprocess
@@ -53,8 +53,9 @@ def profile(variant: str, flags: Sequence[str], folder: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the variants that a command line names; return the exit status."""
     parser = options.Parser("profile_steps.py", "[--variants NAME ...] [flags of train.py]",
-                            "Profile 20 training steps.")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help=", ".join(VARIANTS))
+                            f"Profile {STEPS} training steps.")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME",
+                        help=", ".join(VARIANTS))
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     options.parse_args(flags)  # report a mistake once
     if len(own.variants) > 1:  # a process each: cuDNN keeps the algorithms that it has selected
