@@ -58,7 +58,10 @@ def program(name: str) -> Callable:
                 print_line("interrupted", sys.stderr)
                 return 130
             except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
-                print_line(f"{name}: error: {' '.join(str(error).split('. Tried to')[0].split())}", sys.stderr)
+                message = str(error).split(". Tried to")[0]
+                if isinstance(error, OSError) and error.filename:
+                    message = f"{error.filename}: {error.strerror}"  # without the errno
+                print_line(f"{name}: error: {' '.join(message.split())}", sys.stderr)
                 return 2 if isinstance(error, UserError) else 1
         return run
     return decorate

@@ -83,7 +83,7 @@ def test_a_run_without_a_stream(stream, run, unbroken, tmp_path, monkeypatch):
 @pytest.mark.parametrize("error, line, status", [
     (utils.UserError("two\nlines"), "name: error: two lines\n", 2),
     (utils.RunError("failed"), "name: error: failed\n", 1),
-    (OSError(errno.ENOSPC, "No space", "args.json"), "name: error: [Errno 28] No space: 'args.json'\n", 1),
+    (OSError(errno.ENOSPC, "No space", "args.json"), "name: error: args.json: No space\n", 1),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "name: error: CUDA out of memory\n",
      1), (KeyboardInterrupt(), "interrupted\n", 130)], ids=lambda value: type(value).__name__)
 def test_an_error_is_one_line_and_a_status(error, line, status, capsys):
