@@ -63,7 +63,7 @@ def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     order = code.argsort()
     codes, counts = code[order].unique_consecutive(return_counts=True)
     out = torch.empty_like(images)
-    for rows, code in zip(order.to(images.device).split(counts.tolist()), codes.tolist(), strict=True):
+    for rows, value in zip(order.to(images.device).split(counts.tolist()), codes.tolist(), strict=True):
         group = images[rows].permute(0, 3, 1, 2).contiguous()  # channels_last would take sharpness to cuDNN, in TF32
-        out[rows] = transform_one(group, *divmod(code, STRENGTHS)).permute(0, 2, 3, 1)
+        out[rows] = transform_one(group, *divmod(value, STRENGTHS)).permute(0, 2, 3, 1)
     return out

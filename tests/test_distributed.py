@@ -192,6 +192,18 @@ def test_local_rank_and_size_come_from_the_host_names(two, tmp_path):
     assert outputs == ["(0, 0, 3, 2)\n", "(1, 0, 3, 1)\n", "(2, 1, 3, 2)\n"]
 
 
+@pytest.mark.parametrize("has_nccl, expected", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gpus_use_nccl_where_torch_has_it(has_nccl, expected, monkeypatch):
+    backends = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: backends.append(backend))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", free_port())):
+        monkeypatch.setenv(name, value)
+    assert distributed.start() == World() and backends == [expected]
+
+
 def test_ranks_without_an_address_are_one_line(monkeypatch, flags, tmp_path, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", free_port())):
         monkeypatch.setenv(name, value)

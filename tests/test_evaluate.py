@@ -150,6 +150,7 @@ def test_pictures_that_cannot_be_written_are_an_error(refused, tmp_path, monkeyp
                                           ({"num_blocks": None}, "does not describe a network")])
 def test_a_checkpoint_that_claims_another_network_than_it_holds(refused, trained, tmp_path, args, reason):
     assert "other.pt not found; expected" in refused(checkpoint=tmp_path / "other.pt")
+    assert f"{tmp_path} is a folder; try {tmp_path / 'best.pt'}" in refused(checkpoint=tmp_path)
     checkpoint = torch.load(trained)
     checkpoint["args"].update(args)
     torch.save(checkpoint, tmp_path / "other.pt")

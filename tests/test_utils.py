@@ -15,7 +15,7 @@ import torch
 
 import utils
 
-run, start, small_data, unbroken = runs.run, runs.start, runs.small_data, runs.unbroken  # fixtures
+run, small_data, unbroken = runs.run, runs.small_data, runs.unbroken  # fixtures
 ROOT = Path(utils.__file__).parent
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and pipes")
 

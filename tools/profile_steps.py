@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     options.parse_args(flags)  # report a mistake once
     if len(own.variants) > 1:  # a process each: cuDNN keeps the algorithms that it has selected
-        return max(subprocess.call([sys.executable, __file__, *flags, "--variants", name]) for name in own.variants)
+        command = [sys.executable, __file__, *flags, "--variants"]
+        return int(any([subprocess.call([*command, name]) for name in own.variants]))
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         return profile(own.variants[0], flags, folder)
 
