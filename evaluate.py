@@ -145,7 +145,7 @@ def use_data_of(info: CheckpointInfo, args: Namespace, given: dict[str, Any]) ->
 def build_parser() -> options.Parser:
     """Build the parser of evaluate.py."""
     parser = options.Parser("evaluate.py", "CHECKPOINT [flags]", "Print the test accuracy of a checkpoint.",
-                            ["python evaluate.py checkpoints/se-resnet/best.pt --tta",
+                            ["python evaluate.py checkpoints/pretrained.pt --tta",
                              "python evaluate.py checkpoints/se-resnet/best.pt --output-dir report"])
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="best.pt or last.pt of a run, or a checkpoint of the published code")

@@ -117,7 +117,7 @@ def label_pickles(paths: Sequence[str], model: nn.Module, **settings) -> list[tu
 def build_parser() -> options.Parser:
     """Build the parser of predict.py."""
     parser = options.Parser("predict.py", "CHECKPOINT IMAGES... [flags]", "Label images.",
-                            ["python predict.py checkpoints/se-resnet/best.pt photo.png folder/",
+                            ["python predict.py checkpoints/pretrained.pt photo.png folder/",
                              "python predict.py checkpoints/run/best.pt cifar_test_nolabel.pkl --output labels.csv"])
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="best.pt or last.pt of a run, or a checkpoint of the published code")

@@ -1,7 +1,9 @@
 """The documents: every command is accepted by its program, every link and every named file exists."""
 
 import argparse
+import csv
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -36,6 +38,19 @@ def test_commands_are_accepted(line, monkeypatch):
         rest = rest.replace(name, value)
     with pytest.raises(Parsed):
         importlib.import_module(program.replace("/", ".")).main(shlex.split(rest, comments=True))
+
+
+def test_results_are_those_of_the_run():
+    run = ROOT / "results/fast"
+    *_, last = csv.DictReader((run / "metrics.csv").open())
+    results = json.loads((run / "results.json").read_text())
+    assert float(last["test_accuracy"]) == results["last_accuracy"] == results["test_accuracy"]
+    row = next(line for line in README.splitlines() if line.startswith("| `@recipes/fast.txt`"))
+    assert [cell.strip(" *") for cell in row.split("|")[2:5]] == [
+        f"{results['parameters']:,}", str(results["epochs"]), f"{results['last_accuracy']:.2f}%"]
+    assert f"{results['best_accuracy']:.2f}% (test)" in row
+    card = (ROOT / "docs/model-card.md").read_text()
+    assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% |" in card
 
 
 def test_make_targets_exist():

@@ -33,7 +33,6 @@ def test_hub_loads_new_and_trained_networks(trained, tmp_path):
     torch.testing.assert_close(torch.tensor(found), load_model(trained)[0](images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not (ROOT / "checkpoints/pretrained.pt").exists(), reason="checkpoints/pretrained.pt is not there")
 def test_hub_loads_the_pretrained_network():
     model = torch.hub.load(str(ROOT), "se_resnet", source="local", pretrained=True)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
