@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import hashlib
 import importlib
 import json
 import re
@@ -51,6 +52,10 @@ def test_results_are_those_of_the_run():
     assert f"{results['best_accuracy']:.2f}% (test)" in row
     card = (ROOT / "docs/model-card.md").read_text()
     assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% |" in card
+    corruptions = json.loads((run / "corruptions.json").read_text())
+    assert f"**{corruptions['mean']:.2f}%**" in card
+    weights = (ROOT / "checkpoints/pretrained.pt").read_bytes()
+    assert corruptions["settings"]["sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_make_targets_exist():
