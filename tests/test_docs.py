@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import options
+from checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,11 +52,17 @@ def test_results_are_those_of_the_run():
         f"{results['parameters']:,}", str(results["epochs"]), f"{results['last_accuracy']:.2f}%"]
     assert f"{results['best_accuracy']:.2f}% (test)" in row
     card = (ROOT / "docs/model-card.md").read_text()
+    tta, = re.findall(r"\| `pretrained.pt`, bf16 \| [\d.]+% \| ([\d.]+%) \|", card)
+    assert row.split("|")[5].strip() == tta
     assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% |" in card
     corruptions = json.loads((run / "corruptions.json").read_text())
     assert f"**{corruptions['mean']:.2f}%**" in card
-    weights = (ROOT / "checkpoints/pretrained.pt").read_bytes()
-    assert corruptions["settings"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    file = ROOT / "checkpoints/pretrained.pt"
+    assert corruptions["settings"]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    shipped = load_checkpoint(file)
+    assert shipped["epoch"] == results["epochs"]  # the last epoch, not one that the test set has selected
+    settings = json.loads((run / "args.json").read_text())
+    assert shipped["args"] == {name: settings[name] for name in shipped["args"]}
 
 
 def test_make_targets_exist():
