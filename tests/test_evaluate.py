@@ -95,7 +95,16 @@ def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, 
 def test_tta_averages_probabilities_with_the_flipped_image(scores, trained, expected, test_set):
     flipped = one_by_one(evaluate.load_checkpoint_model(trained)[0], test_set.images.flip(2)).softmax(1)
     assert scores("--tta") == plain_scores((expected + flipped) / 2, test_set.targets)
-    assert len({scores(), scores("--tta"), scores("--precision", "bf16")}) == 3
+    assert scores("--tta") != scores()
+
+
+def test_precision_reaches_the_network(run_evaluate, monkeypatch):
+    found, predict_logits = [], evaluate.predict_logits  # the printed scores may be equal
+    monkeypatch.setattr(evaluate, "predict_logits", lambda *args: found.append(predict_logits(*args)) or found[-1])
+    assert run_evaluate() == 0 and run_evaluate("--precision", "bf16") == 0
+    fp32, bf16 = found
+    assert not torch.equal(fp32, bf16)
+    torch.testing.assert_close(fp32, bf16, rtol=0.1, atol=0.1)
 
 
 def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run_train, no_pictures, scores, tmp_path):
