@@ -1,45 +1,29 @@
-"""Read and download CIFAR-10's batch files (https://www.cs.toronto.edu/~kriz/cifar.html).
+"""Read CIFAR-10's batch files (https://www.cs.toronto.edu/~kriz/cifar.html).
 
 A batch file is a pickle, and a pickle can run any program. These functions treat the files as untrusted: they check
 the opcodes before unpickling, import and call nothing that a file names, and build arrays from checked bytes.
 
 Raises:
-    UserError: A file or a download is not as expected.
+    UserError: A file is not as expected.
 """
 
 import functools
-import hashlib
-import http.client
 import io
 import math
-import os
 import pickle
 import pickletools
-import shutil
-import tarfile
-import tempfile
-import time
-import urllib.request
-import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from utils import UserError, warn
+from utils import UserError
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FOLDER = "cifar-10-batches-py"
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILES = ("test_batch",)
-ARCHIVE = "cifar-10-python.tar.gz"
-URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
-MD5 = "c58f30108f718f92721af3b95e74349a"
-TIMEOUT = 30  # seconds without data
-PAUSES = (1, 2, 4)  # seconds before each retry
 
 MAX_BYTES = 128 * 2**20  # per file; the official ones are 31 MB
 MAX_OPCODES = 500_000  # per file; the official ones have 30,000
@@ -200,88 +184,7 @@ def read_unlabeled(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def find_folder(data_dir: str | Path) -> Path | None:
-    """Return the folder that holds batch files: `cifar-10-batches-py` in `data_dir`, or `data_dir` itself."""
-    folders = (Path(data_dir) / FOLDER, Path(data_dir))
+    """Return the folder of the batch files: `cifar-10-batches-py` in `data_dir` or beside that file, or `data_dir`."""
+    data_dir = Path(data_dir).parent if Path(data_dir).is_file() else Path(data_dir)
+    folders = (data_dir / FOLDER, data_dir)
     return next((folder for folder in folders for name in TRAIN_FILES + TEST_FILES if (folder / name).exists()), None)
-
-
-def download(data_dir: str | Path, url: str = URL, md5: str = MD5) -> Path:
-    """Download the archive, unless it is in `data_dir` already, and unpack it; return the new folder.
-
-    An interrupted download is kept as `cifar-10-python.tar.gz.part` and resumed.
-    """
-    data_dir = Path(data_dir)
-    archive, partial = data_dir / ARCHIVE, data_dir / f"{ARCHIVE}.part"
-    try:
-        if archive.exists():
-            _unpack(archive, md5, data_dir)
-        while find_folder(data_dir) is None:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # another process was faster and has removed the partial file
-                _fetch(url, partial, md5)
-                _unpack(partial, md5, data_dir)
-        return find_folder(data_dir)
-    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"CIFAR-10 cannot be downloaded from {url} ({' '.join(str(error).split())}); put {ARCHIVE} "
-                        f"into {data_dir}, or try --synthetic") from error
-    finally:
-        with suppress(FileNotFoundError):  # also if another process removes it just now
-            if partial.stat().st_size == 0:
-                partial.unlink()
-
-
-def _fetch(url: str, path: Path, md5: str) -> None:
-    """Complete a partial file; resume after network errors."""
-    pauses = iter(PAUSES)
-    with open(path, "ab") as file:
-        with suppress(ImportError, OSError):  # Windows and some network file systems have no such locks
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)  # waits for another process that downloads into the same folder
-        while _digest(path) != md5:
-            size = file.seek(0, os.SEEK_END)
-            request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    start = size if response.status == 206 else file.truncate(file.seek(0))  # 200: Range was ignored
-                    total = start + int(response.headers.get("Content-Length", 0))
-                    with tqdm.wrapattr(file, "write", total, initial=start, desc=f"downloading {ARCHIVE}") as target:
-                        shutil.copyfileobj(response, target)
-                if file.tell() >= total:  # urllib does not report a connection that was closed early
-                    return
-                raise ConnectionError(f"connection closed after {file.tell():,} of {total:,} bytes")
-            except (OSError, http.client.HTTPException) as error:
-                status = getattr(error, "code", 500)
-                if status == 416:  # Range Not Satisfiable: the file is too long, which the checksum will detect
-                    return
-                if file.tell() > size:
-                    pauses = iter(PAUSES)  # each piece of a slow download has its own retries
-                pause = next(pauses, None)
-                if pause is None or status < 500:
-                    raise
-                warn(f"download interrupted ({error}); retrying in {pause} s")
-                time.sleep(pause)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-def _unpack(archive: Path, md5: str, data_dir: Path) -> None:
-    """Check an archive and unpack its batch files, all of them or none; then remove it if we downloaded it."""
-    downloaded = archive.suffix == ".part"
-    if (found := _digest(archive)) != md5:
-        if downloaded:
-            archive.unlink()
-        raise UserError(f"{archive}: found MD5 {found}; expected {md5}; {'' if downloaded else 'delete it and '}"
-                        f"download it again, or try --synthetic")
-    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch, tarfile.open(archive) as tar:
-        (Path(scratch) / FOLDER).mkdir()
-        for member in filter(tarfile.TarInfo.isfile, tar):
-            (Path(scratch) / FOLDER / Path(member.name).name).write_bytes(tar.extractfile(member).read())
-        try:
-            os.replace(Path(scratch) / FOLDER, data_dir / FOLDER)
-        except OSError:
-            if find_folder(data_dir) is None:  # else another process was faster
-                raise
-    if downloaded:
-        archive.unlink(missing_ok=True)

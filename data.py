@@ -18,6 +18,7 @@ from torchvision.transforms import functional as transforms
 
 import augment
 import cifar10
+import download
 import synthetic
 import trivial_augment
 from distributed import World
@@ -49,7 +50,7 @@ def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool =
 
     CIFAR-10 is downloaded if the folder does not hold it. `use_synthetic` draws images instead.
     """
-    folder = None if use_synthetic else cifar10.find_folder(data_dir) or cifar10.download(Path(data_dir))
+    folder = None if use_synthetic else download.get_folder(data_dir)
     parts, count = [], 0
     for name in files:
         if limit is None or count < limit:

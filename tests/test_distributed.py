@@ -23,6 +23,7 @@ import augment
 import cifar10
 import data
 import distributed
+import download
 import evaluate
 import options
 import train
@@ -225,8 +226,9 @@ def remove_data(folder: Path) -> None:
         (folder / name).unlink()
 
 
-def do_not_retry(rank: int) -> None:
-    cifar10.PAUSES = ()
+def leave_no_server(rank: int) -> None:
+    download.URLS = ("http://127.0.0.1:9/",)
+    download.ATTEMPTS = 1
 
 
 def block_args_json(folder: Path) -> None:
@@ -251,7 +253,7 @@ def spoil_statistics(rank: int) -> None:
 
 @pytest.mark.parametrize(("break_files", "prepare", "statuses", "line"), [
     (damage_data, None, [2, 2], r".*data_batch_1"),
-    (remove_data, do_not_retry, [2, 2], r".*--synthetic"),  # nor can it be downloaded
+    (remove_data, leave_no_server, [2, 2], r".*--data-dir"),
     (block_args_json, None, [1, 1], r".*args\.json"),
     (None, diverge, [1, 1], r"the loss is not finite in epoch 1, step 3"),
     (None, spoil_statistics, [1, 1], r"a weight is not finite"),
