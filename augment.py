@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 import trivial_augment
+from models import MEAN, STD
 
 SIZE = 32
 PADDING = 4
-# The published constants. STD is a mean of per-image deviations; per pixel it would be 0.2470, 0.2435, 0.2616.
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2023, 0.1994, 0.2010)
 
 
 class Params(NamedTuple):

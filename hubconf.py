@@ -1,24 +1,27 @@
 """Entry points for torch.hub: `torch.hub.load(REPO, "se_resnet", pretrained=True)`."""
 
-from pathlib import Path
+import importlib.util
+import pathlib
 
-from torch import nn
+import torch
 
-dependencies = ["torch", "torchvision", "numpy", "tqdm", "PIL"]
+dependencies = ["torch"]
 
 
-def se_resnet(pretrained: bool = False, **kwargs) -> nn.Module:
+def se_resnet(pretrained: bool = False, **kwargs) -> torch.nn.Module:
     """Build the SE-ResNet [4, 4, 3] with its normalization, from (N, 3, 32, 32) floats in [0, 1] to logits (N, 10).
 
-    Args:
-        pretrained: Load checkpoints/pretrained.pt of this repository.
-        **kwargs: Arguments of `models.build_model`, for a network without trained weights.
+    `pretrained` loads the weights of this repository; without them, `models.build_model` takes the other arguments.
     """
-    from models import build_model
-    from predict import FromUnitRange, load_model
-
-    if not pretrained:
-        return FromUnitRange(build_model(**kwargs))
-    if kwargs:
+    folder = pathlib.Path(__file__).parent
+    # By its path and not into sys.modules: the caller may have a utils.py, data.py or models/ of its own.
+    spec = importlib.util.spec_from_file_location("_se_resnet", folder / "models" / "se_resnet.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if pretrained and kwargs:
         raise ValueError(f"the pretrained network is the default one; leave out {', '.join(kwargs)}")
-    return load_model(Path(__file__).parent / "checkpoints" / "pretrained.pt")[0]
+    network = module.build_model(**kwargs)
+    if pretrained:
+        checkpoint = torch.load(folder / "checkpoints" / "pretrained.pt", map_location="cpu", weights_only=True)
+        network.load_state_dict(checkpoint["model"])
+    return module.Normalized(network).train(not pretrained)

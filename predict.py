@@ -14,30 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import nn
 
 import cifar10
 import hardware
 import options
-from augment import MEAN, SIZE, STD
+from augment import SIZE
 from evaluate import load_checkpoint_model, predict_logits
+from models import Normalized
 from utils import UserError, check_output, print_line, warn, write_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-class FromUnitRange(nn.Module):
-    """A network with its normalization: takes (N, 3, 32, 32) floats in [0, 1], returns logits (N, 10)."""
-
-    def __init__(self, model: nn.Module, normalize: bool = True):
-        super().__init__()
-        self.model = model
-        mean, std = (MEAN, STD) if normalize else ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, list[str]]:
@@ -47,7 +34,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
         The network, from (N, 3, 32, 32) float32 in [0, 1] to logits (N, 10), and the class names.
     """
     model, info = load_checkpoint_model(path, device)
-    return FromUnitRange(model, info.normalize).to(device).eval(), info.classes
+    return Normalized(model, info.normalize).to(device).eval(), info.classes
 
 
 def read_image(path: str | Path) -> np.ndarray:

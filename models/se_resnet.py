@@ -3,13 +3,6 @@
 Deep Residual Learning for Image Recognition, arXiv 1512.03385 (basic block);
 Identity Mappings in Deep Residual Networks, arXiv 1603.05027 (pre-activation block);
 Squeeze-and-Excitation Networks, arXiv 1709.01507 (SE block).
-
-Parameters of the variants, each with num_blocks 4 4 3 and 64 channels:
-
-    basic block, SE after the stem (published)    4,697,742
-    basic block, no SE                            4,697,162
-    basic block, SE in every residual block       4,733,610
-    pre-activation block, SE after the stem       4,696,974
 """
 
 import contextlib
@@ -20,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# The published constants. STD is a mean of per-image deviations; per pixel it would be 0.2470, 0.2435, 0.2616.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -107,7 +104,7 @@ SE_PLACES = ("stem", "block", "none")
 class SEResNet(nn.Module):
     """Stem, stages of residual blocks with doubling width and halving size, average pool, linear classifier.
 
-    Attributes have the names of the published code, so that its checkpoints load.
+    Attributes are named as in the published code. A ValueError names an argument that no network can be built from.
 
     Args:
         num_blocks: Residual blocks of each stage; the first stage keeps 32x32, each further one halves it.
@@ -118,9 +115,6 @@ class SEResNet(nn.Module):
         block: "basic" (arXiv 1512.03385) or "preact" (arXiv 1603.05027).
         se: SE after the "stem", in every residual "block", or "none".
         se_reduction: Reduction ratio; the bottleneck has channels // se_reduction channels.
-
-    Raises:
-        ValueError: No network can be built from these; the message names the argument.
     """
 
     def __init__(self, num_blocks: Sequence[int] = (4, 4, 3), channels: int = 64,
@@ -193,17 +187,27 @@ def check_arguments(num_blocks: Sequence[int], channels: int, dropout: float, bl
 
 
 def build_model(*args: Any, max_params: int = 5_000_000, **kwargs: Any) -> SEResNet:
-    """Build the published SE-ResNet [4, 4, 3] with 4,697,742 parameters, or a variant by the arguments of `SEResNet`.
-
-    Raises:
-        ValueError: The arguments are impossible, or give more than `max_params` parameters (0 is no limit).
-    """
+    """Build the published SE-ResNet [4, 4, 3] with 4,697,742 parameters, or a variant by `SEResNet`'s arguments."""
     with torch.device("meta"):  # counts without memory, so that a typo does not fill the machine
         count = count_parameters(SEResNet(*args, **kwargs))
     if max_params and count > max_params:
         raise ValueError(f"the network has {count:,} parameters, above max_params ({max_params:,}); make it smaller, "
                          "or raise the limit (0 is none)")
     return SEResNet(*args, **kwargs)
+
+
+class Normalized(nn.Module):
+    """A network with its normalization: takes (N, 3, 32, 32) floats in [0, 1], returns logits (N, 10)."""
+
+    def __init__(self, model: nn.Module, normalize: bool = True):
+        super().__init__()
+        self.model = model
+        mean, std = (MEAN, STD) if normalize else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
 
 
 def count_parameters(model: nn.Module) -> int:

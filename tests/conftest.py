@@ -20,7 +20,7 @@ import train
 TINY = ["--num-blocks", "1", "1", "1", "--channels", "16", "--batch-size", "32", "--limit-train", "96",
         "--limit-test", "50", "--synthetic", "--device", "cpu", "--precision", "fp32", "--lr", "0.05"]
 
-# The published constants once more, so that a slip in augment.py shows.
+# The published constants once more, so that a slip in models/ shows.
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
 
 # What --deterministic sets, which is too late for cuBLAS where an earlier test of this process has used it.
