@@ -25,8 +25,8 @@ VERSION = 2
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
            "test_accuracy", "seconds", "images_per_second")
 # What a run writes. Removed in this order, so that a kill in between leaves a run that can continue, or none.
-RUN_FILES = ("args.json", "results.json", "diverged.txt", "curves.png", "confusion.png", "mistakes.png",
-             "metrics.csv", "best.pt", "previous.pt", "last.pt")
+RUN_FILES = ("args.json", "results.json", "diverged.txt", "curves.png", "confusion.png", "reliability.png",
+             "mistakes.png", "metrics.csv", "best.pt", "previous.pt", "last.pt")
 # The published code stores a numpy.int64 in its checkpoints; NumPy 1 writes the first of these names, NumPy 2 the
 # other.
 NUMPY_SCALARS = [(np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar, name)

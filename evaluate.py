@@ -6,7 +6,6 @@ if __name__ == "__main__":
     exit_on_signals()  # before torch is imported, which takes seconds
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,20 +30,13 @@ CPU_BATCH_SIZE = 125  # a third faster there: the activations of a layer stay in
 CALIBRATION_BINS = 15
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device | str, precision: str = "fp32",
                    normalize: bool = True, tta: bool = False, world: World | None = None) -> Tensor:
-    """Run a network over images in evaluation mode; the ranks of `world` share the batches, and all get the result.
+    """Run a network over images (N, 32, 32, 3) uint8 in evaluation mode: (N, 10) float32 on `device`.
 
-    Args:
-        images: (N, 32, 32, 3) uint8, on any device.
-        tta: Test-time augmentation: average the probabilities of each image and its horizontal flip.
-
-    Returns:
-        (N, 10) float32 on `device`; with `tta` log-probabilities.
+    `tta` averages the probabilities of each image and its horizontal flip, and returns their logarithms. The ranks of
+    `world` share the batches, and all get the result.
     """
     world, device = world or World(), torch.device(device)
     training = model.training
@@ -78,35 +70,38 @@ def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
 
 def per_class(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return count, precision and recall (percent) of each class; None where there is no image."""
-    confusion, rows = confusion_matrix(logits, targets), []
-    for i, name in enumerate(classes):
-        correct, count, predicted = int(confusion[i, i]), int(confusion[i].sum()), int(confusion[:, i].sum())
-        rows.append({"class": name, "count": count, "precision": 100 * correct / predicted if predicted else None,
-                     "recall": 100 * correct / count if count else None})
-    return rows
+    confusion = confusion_matrix(logits, targets)
+    counts = zip(classes, confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
+    return [{"class": name, "count": count, "precision": 100 * correct / predicted if predicted else None,
+             "recall": 100 * correct / count if count else None} for name, correct, count, predicted in counts]
+
+
+def calibration_bins(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum images, confidence and correct predictions in 15 equal bins of confidence: (3, 15) float64 on the CPU."""
+    confidence, prediction = logits.cpu().double().softmax(1).max(1)
+    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    values = torch.stack((torch.ones_like(confidence), confidence, (prediction == targets.cpu()).double()))
+    return torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64).index_add_(1, bins, values)
 
 
 def calibration_error(logits: Tensor, targets: Tensor) -> float:
-    """Return the expected calibration error in percent, over 15 bins of confidence (arXiv 1706.04599)."""
-    confidence, prediction = logits.float().softmax(1).max(1)
-    correct = (prediction == targets.to(logits.device)).float()
-    bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    gaps = torch.zeros(CALIBRATION_BINS, device=logits.device).index_add_(0, bins, confidence - correct)
-    return 100 * gaps.abs().sum().item() / len(targets)
+    """Return the expected calibration error in percent (arXiv 1706.04599)."""
+    count, confidence, correct = calibration_bins(logits, targets)
+    return 100 * ((confidence - correct).abs().sum() / count.sum()).item()
 
 
 def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
-    """Draw confusion.png, and the most confident mistakes as mistakes.png."""
+    """Draw confusion.png, reliability.png, and the most confident mistakes as mistakes.png."""
     split, logits = split.to("cpu"), logits.cpu()
     plots.draw_confusion(confusion_matrix(logits, split.targets).numpy(), split.classes, folder / "confusion.png")
+    plots.draw_reliability(*calibration_bins(logits, split.targets).numpy(), folder / "reliability.png")
     confidence, prediction = logits.softmax(1).max(1)
     wrong = (prediction != split.targets).nonzero()[:, 0]
-    worst = wrong[confidence[wrong].argsort(descending=True)][:36]
-    plots.draw_mistakes(split.images[worst].numpy(), split.targets[worst].numpy(), prediction[worst].numpy(),
-                        confidence[worst].numpy(), split.classes, folder / "mistakes.png")
-
-
-# --- a checkpoint ----------------------------------------------------------------------------------------------------
+    worst = wrong[confidence[wrong].argsort(descending=True)]
+    names, predictions = ([split.classes[i] for i in labels[worst]] for labels in (split.targets, prediction))
+    title = "Most confident mistakes: true class, then prediction and its probability" if names else "No mistakes"
+    plots.draw_images(split.images[worst].numpy(), names, predictions, confidence[worst].tolist(), title,
+                      folder / "mistakes.png")
 
 
 class CheckpointInfo(NamedTuple):
@@ -118,11 +113,7 @@ class CheckpointInfo(NamedTuple):
 
 
 def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
-    """Build the network of a checkpoint, in evaluation mode, with its averaged weights if it has them.
-
-    `path` is best.pt or last.pt of a run, or a checkpoint of the published code. The network takes images as
-    `augment.to_input` returns them.
-    """
+    """Build the network of a checkpoint, for `augment.to_input`'s images, with its averaged weights if it has them."""
     checkpoint = load_checkpoint(path)
     args = checkpoint["args"]
     try:
@@ -134,14 +125,6 @@ def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu") 
     return model.to(device, memory_format=torch.channels_last).eval(), info
 
 
-def use_data_of(info: CheckpointInfo, args: Namespace, given: dict[str, Any]) -> None:
-    """Take the kind of images and their folder from a checkpoint where the command line does not name them."""
-    args.synthetic = given.get("synthetic", info.args.get("synthetic", False))
-    folder = info.args.get("data_dir", args.data_dir)  # relative to where the training ran
-    if "data_dir" not in given and cifar10.find_folder(folder):
-        args.data_dir = folder
-
-
 def build_parser() -> options.Parser:
     """Build the parser of evaluate.py."""
     parser = options.Parser("evaluate.py", "CHECKPOINT [flags]", "Print the test accuracy of a checkpoint.",
@@ -150,7 +133,7 @@ def build_parser() -> options.Parser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT",
                         help="best.pt or last.pt of a run, or a checkpoint of the published code")
     flag = parser.group("output")
-    flag("--output-dir", None, "also draw confusion.png and mistakes.png into this folder", metavar="DIR")
+    flag("--output-dir", None, "also draw confusion.png, reliability.png and mistakes.png there", metavar="DIR")
     flag("--tta", False, "average the predictions of each image and its horizontal flip")
     options.add_data_flags(parser, ("data_dir", "synthetic", "limit_test"))
     options.add_hardware_flags(parser, ("device", "precision"))
@@ -166,7 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, info = load_checkpoint_model(args.checkpoint, device)
     if args.output_dir:
         check_output(Path(args.output_dir) / "confusion.png")
-    use_data_of(info, args, given)
+    args.synthetic = given.get("synthetic", info.args.get("synthetic", False))
+    folder = info.args.get("data_dir", args.data_dir)  # relative to where the training ran
+    if "data_dir" not in given and cifar10.find_folder(folder):
+        args.data_dir = folder
     test = data.load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
     if info.classes != test.classes:
         raise UserError(f"{args.checkpoint} was trained on {', '.join(info.classes)}, but the images show "
@@ -183,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_line(f"expected calibration error {calibration_error(logits, test.targets):.2f}%")
     if args.output_dir:
         draw_pictures(Path(args.output_dir), logits, test)
-        print_line(f"confusion.png and mistakes.png are in {args.output_dir}")
+        print_line(f"confusion.png, reliability.png and mistakes.png are in {args.output_dir}")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Draw learning curves, confusion matrices and misclassified images as PNG files.
+"""Draw learning curves, confusion matrices, reliability diagrams and labeled images as PNG files.
 
 matplotlib is imported inside the functions, since the import takes a second. Only its `Figure` is used, never pyplot:
-no window opens and no global setting changes. The draw_* functions raise OSError if the file cannot be written.
+no window opens and no global setting changes.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from utils import write_atomically
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333")
 SPLITS = {"train": ("training", PALETTE[0]), "val": ("validation", PALETTE[2]), "test": ("test", PALETTE[1])}
 INK, MUTED, GRID, PAPER = "#24292f", "#656d76", "#e6e8eb", "#ffffff"
+DIVERGED = 10  # nats; guessing among ten classes costs 2.3
 
 
 def new_figure(width: float, height: float):
@@ -34,52 +35,47 @@ def save(figure, path: str | Path):
 
 
 def draw_line(axes, history: Sequence[dict[str, Any]], name: str, color: str, **style: Any) -> None:
-    """Draw a column of metrics.csv, if it has values, with markers for up to 12 of them."""
+    """Draw a column of metrics.csv, if it has values, with markers for up to 12 of them, else for the last one."""
     values = np.array([row.get(name) for row in history], dtype=np.float64)  # None becomes NaN
     known = np.isfinite(values)
     if known.any():
         epochs, values = np.array([row["epoch"] for row in history])[known], values[known]
-        axes.plot(epochs, values, color=color, linewidth=1.8, marker="o" if len(values) <= 12 else "", markersize=5,
-                  clip_on=False, **style)
+        axes.plot(epochs, values, color=color, linewidth=1.8, marker="o", markersize=5, clip_on=False,
+                  markevery=1 if len(values) <= 12 else [-1], **style)
 
 
 def style_curves(axes, title: str, loss: bool = False) -> None:
-    """Set the title, a grid instead of the frame, integer epochs and, for a loss with a wide range, a log axis."""
+    """Set the title, a grid instead of the frame, and integer epochs; limit a loss, on a log axis if it is wide."""
     from matplotlib import ticker
 
-    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=9)
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=MUTED, length=0, pad=5)
     axes.grid(axis="y", color=GRID)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
-    panels = axes.get_shared_y_axes().get_siblings(axes)
-    values = np.concatenate([[], *(line.get_ydata() for panel in panels for line in panel.lines)])
-    if loss and len(values) and 0 < 5 * values.min() < values.max():
-        axes.set_yscale("log")
-        axes.minorticks_off()
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
+    values = [line.get_ydata() for panel in axes.get_shared_y_axes().get_siblings(axes) for line in panel.lines]
+    if loss and values:
+        low, peaks = min(line.min() for line in values), [line.max() for line in values]
+        top = max((peak for peak in peaks if peak < DIVERGED), default=max(peaks))
+        if 0 < 5 * low < top:
+            title += ", log scale"
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        for line in axes.lines:
+            epoch, peak = max(line.get_xydata(), key=lambda point: point[1])
+            if peak > top:  # it must not flatten the others
+                axes.set_ylim(low / 1.1, top * 1.1)
+                line.set_clip_on(True)
+                axes.annotate(f"\N{BLACK UP-POINTING TRIANGLE} {peak:.3g}", (epoch, 1), (0, -13 * len(axes.texts)),
+                              ("data", "axes fraction"), "offset points", color=line.get_color(), ha="center", va="top")
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=9)
 
 
-def label_ends(axes, form: str = "") -> None:
-    """Write the label of each line beside its end, followed by its last value; overlapping labels move apart."""
-    axes.autoscale_view()  # fixes the limits, which the transform below needs
-    lines = [line for line in axes.lines if not line.get_label().startswith("_child")]  # not the default
-    ends = np.reshape([line.get_xydata()[-1] for line in lines], (-1, 2))
-    heights = (axes.transData - axes.transAxes).transform(ends)[:, 1]  # as fractions of the height of the axes
-    order, gap = heights.argsort(), 13 / 72 * axes.figure.dpi / axes.get_window_extent().height  # 13 points apart
-    free = heights[order] - gap * np.arange(len(order))
-    for place, index in enumerate(order):  # least-squares heights at least a gap apart: isotonic regression
-        height = gap * place + np.clip(max(min(free[first:last + 1].mean() for last in range(place, len(free)))
-                                           for first in range(place + 1)), 0, 1 - gap * (len(free) - 1))
-        text, color = lines[index].get_label() + form.format(ends[index, 1]), lines[index].get_color()
-        axes.annotate(text, ends[index], (1.04, height), textcoords="axes fraction", color=color, fontsize=9.5,
-                      va="center", parse_math=False, arrowprops={
-                          "arrowstyle": "-", "color": color, "lw": 0.8, "alpha": 0.6, "relpos": (0, 0.5), "shrinkB": 4})
-
-
-def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, path: str | Path):
+def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, settings: dict[str, Any], path: str | Path):
     """Draw the rows of metrics.csv (None for an empty cell) and the (S,) learning rates of all optimizer steps."""
+    if len(history) < 2:  # dots, and no curves
+        return None
     figure = new_figure(10, 4.8)
     axes = figure.subplot_mosaic([["accuracy", "loss"], ["accuracy", "lr"]], width_ratios=(1.25, 1),
                                  height_ratios=(1.9, 1))
@@ -93,11 +89,18 @@ def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, path: str | 
         style_curves(axes[name], title, loss=name == "loss")
         axes[name].set_xlim(0, history[-1]["epoch"])
         axes[name].set_xlabel("" if name == "loss" else "epoch", color=MUTED)
-        label_ends(axes[name], form)
+        if form:
+            labels = [line.get_label() + form.format(line.get_ydata()[-1]) for line in axes[name].lines]
+            axes[name].legend(axes[name].lines, labels, frameon=False, labelcolor="linecolor", handlelength=1.2)
     axes["loss"].tick_params(labelbottom=False)
     axes["lr"].set_ylim(0)
     axes["lr"].locator_params(axis="y", nbins=3)
     axes["lr"].yaxis.set_major_formatter("{x:g}")
+    names = ("label_smoothing", "trivial_augment", "mixup", "cutmix", "dropout")
+    used = ", ".join(name.replace("_", " ") for name in names if settings.get(name))
+    notes = [f"Training is measured with {used}, evaluation without."] if used else []
+    notes += ["Evaluation uses the averaged weights."] if settings.get("ema") else []
+    figure.supxlabel(" ".join(notes), x=0.0125, ha="left", color=MUTED, fontsize=9.5)  # why training may look worse
     return save(figure, path)
 
 
@@ -120,20 +123,39 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: str | Pa
     return save(figure, path)
 
 
-def draw_mistakes(images, targets, predictions, probabilities, classes: Sequence[str], path: str | Path):
-    """Draw the first 36 of (N, 32, 32, 3) uint8 images with true class, prediction and its probability (0 to 1)."""
-    shown = list(zip(images, targets, predictions, probabilities, strict=True))[:36]
+def draw_reliability(counts: np.ndarray, confidence: np.ndarray, correct: np.ndarray, path: str | Path):
+    """Draw accuracy against confidence, from (B,) sums over bins of confidence (arXiv 1706.04599)."""
+    used, width, total = counts > 0, 100 / len(counts), counts.sum()
+    figure = new_figure(7.5, 6)
+    axes = figure.subplots()
+    bars = axes.bar(np.flatnonzero(used) * width, 100 * correct[used] / counts[used], 0.92 * width, align="edge",
+                    color=PALETTE[5])
+    axes.bar_label(bars, [f"{count:,.0f}" for count in counts[used]], color=INK, fontsize=8, padding=2)
+    axes.plot((0, 100), (0, 100), color=MUTED, linewidth=0.8, linestyle=":")
+    style_curves(axes, f"Expected calibration error {100 * np.abs(confidence - correct).sum() / total:.2f}%")
+    axes.set(xlim=(0, 100), ylim=(0, 105))
+    axes.set_xlabel(f"confidence (%), {100 * confidence.sum() / total:.2f} on average; dotted: perfect calibration",
+                    color=MUTED)
+    axes.set_ylabel(f"accuracy (%), {100 * correct.sum() / total:.2f} on average; numbers: images", color=MUTED)
+    return save(figure, path)
+
+
+def draw_images(images: np.ndarray, captions: Sequence[str], predictions: Sequence[str],
+                probabilities: Sequence[float], title: str, path: str | Path):
+    """Draw the first 36 of (N, 32, 32, 3) uint8 images, each over its caption, predicted class and probability."""
+    shown = list(zip(images, captions, predictions, probabilities, strict=True))[:36]
     height = round(0.7 + 1.7 * -(-len(shown) // 9), 1)  # inches, in rows of nine
     figure = new_figure(12, height)
     figure.set_layout_engine("none")
-    title = "Most confident mistakes: true class, then prediction and its probability" if shown else "No mistakes"
     figure.text(0.0125, 1 - 0.33 / height, title, color=INK, fontsize=13, fontweight="bold", va="center")
-    for place, (image, target, prediction, probability) in enumerate(shown):
+    for place, (image, caption, prediction, probability) in enumerate(shown):
         row, col = divmod(place, 9)
         axes = figure.add_axes((0.0125 + 0.1093 * col, 1 - (1.8 + 1.7 * row) / height, 0.1, 1.2 / height))
         axes.imshow(image, interpolation="bicubic")
         axes.set_axis_off()
+        caption = "".join(char if char.isprintable() and char < "\u0500" else "?" for char in caption)  # as fonts have
+        caption = caption if len(caption) <= 14 else f"\N{HORIZONTAL ELLIPSIS}{caption[-13:]}"
         style = {"ha": "center", "va": "top", "fontsize": 9.5, "parse_math": False}
-        axes.text(15.5, 32.8, classes[target][:14], color=INK, **style)
-        axes.text(15.5, 37, f"{classes[prediction][:14]} {100 * probability:.1f}%", color=PALETTE[1], **style)
+        axes.text(15.5, 32.8, caption, color=INK, **style)
+        axes.text(15.5, 37, f"{prediction[:14]} {100 * probability:.1f}%", color=PALETTE[1], **style)
     return save(figure, path)

@@ -318,7 +318,7 @@ def draw_curves(run: Run, state: TrainState) -> None:
         return
     args, rows = run.args, state.history
     lrs = schedule_lrs(args.scheduler, args.lr, len(run.loader), args.epochs, args.warmup_epochs)[:rows[-1]["step"]]
-    plots.draw_curves(rows, lrs, run.folder.path / "curves.png")
+    plots.draw_curves(rows, lrs, vars(args), run.folder.path / "curves.png")
     matrix = evaluate.confusion_matrix(run.logits, run.eval_split.targets).numpy()
     plots.draw_confusion(matrix, run.eval_split.classes, run.folder.path / "confusion.png")
     run.logits = None

@@ -70,20 +70,14 @@ def test_runs_that_differ_only_by_seed_become_mean_and_sample_std(tmp_path):
     assert (rows[1]["run"], rows[1]["seed"], rows[1]["last (%)"]) == ("single", "1", "81.00")
 
 
-def test_places_are_not_settings_but_the_hardware_used_is(tmp_path):
-    rows = read_table(make_run(tmp_path, "a-0", [60.0]),
-                      make_run(tmp_path, "a-1", [60.0], seed=1, data_dir="/other", workers=3, save_minutes=9),
-                      make_run(tmp_path, "b", [50.0], results={"precision": "fp32"}))
-    assert [(row["run"], row["precision"]) for row in rows] == [("a-*", "bf16"), ("b", "fp32")]
-    assert list(rows[0])[:4] == ["run", "seed", "precision", "epochs"]
-
-
-def test_only_different_seeds_of_equal_runs_are_averaged(tmp_path):
-    rows = read_table(make_run(tmp_path, "a", [60.0]), make_run(tmp_path, "same-seed", [50.0]),
-                      make_run(tmp_path, "longer", [20.0, 40.0], seed=1),
+def test_only_different_seeds_of_equal_runs_on_the_same_hardware_are_averaged(tmp_path):
+    rows = read_table(make_run(tmp_path, "a", [60.0]),
+                      make_run(tmp_path, "b", [60.0], seed=1, data_dir="/other", workers=3, save_minutes=9),
+                      make_run(tmp_path, "same-seed", [50.0]), make_run(tmp_path, "longer", [20.0, 40.0], seed=1),
                       make_run(tmp_path, "other-gpu", [30.0], seed=2, results={"device": "another GPU"}))
-    assert [row["run"] for row in rows] == ["a", "same-seed", "longer", "other-gpu"]
+    assert [row["run"] for row in rows] == ["a, b", "same-seed", "longer", "other-gpu"]
     assert [row["device"] for row in rows] == ["some GPU"] * 3 + ["another GPU"]
+    assert list(rows[0])[:4] == ["run", "seed", "device", "epochs"]  # no places among them
 
 
 def test_unfinished_runs_show_the_results_so_far_and_are_not_averaged_with_finished_ones(tmp_path):
@@ -100,6 +94,7 @@ def test_validation_runs_show_validation_and_test_accuracy(tmp_path):
                       make_run(tmp_path, "b", [55.0], val_size=500, finished=False))
     assert [(row["selected on"], row["last (%)"], row["test (%)"]) for row in rows] == [
         ("validation", "60.00", "58.50"), ("validation", "55.00", "-")]
+    assert compare.build_notes(read_groups(tmp_path / "b")) == []  # none of them applies
 
 
 def test_program_prints_table_and_notes_and_reads_each_folder_once(tmp_path, capsys):
@@ -111,10 +106,6 @@ def test_program_prints_table_and_notes_and_reads_each_folder_once(tmp_path, cap
         "Runs that differ only by seed share a row: mean ± sample standard deviation.",
         "Where the best epoch was selected on the test set, its accuracy is optimistic; compare the last.",
         "Measured on: some GPU, bf16, torch 2.10.0."]
-
-
-def test_notes_that_do_not_apply_are_left_out(tmp_path):
-    assert compare.build_notes(read_groups(make_run(tmp_path, "a", [50.0], val_size=500, finished=False))) == []
 
 
 def test_markdown_holds_the_table_and_a_relative_link_to_the_picture(tmp_path):
@@ -129,11 +120,13 @@ def test_markdown_holds_the_table_and_a_relative_link_to_the_picture(tmp_path):
     assert lines[2] == "| a\\|b |    1/1 |        test |    90.00 |    90.00 |    90.00 |     2.0 |     1000 |"
     assert lines[3] == "" and lines[-1] == "![Curves of the runs](../pictures/all.png)"
     assert imread(tmp_path / "pictures" / "all.png").shape[:2] == (960, 1500)
+    for flag in ("--picture", "--markdown"):
+        assert compare.main([str(folder), flag, str(tmp_path / "docs" / "runs.md" / "file")]) == 2
 
 
 def test_picture_shows_training_beside_evaluation_with_one_color_and_label_per_group(tmp_path):
     groups = read_groups(make_run(tmp_path, "sgd-0", [50.0, 60.0]), make_run(tmp_path, "sgd-1", [51.0, 61.0], seed=1),
-                         make_run(tmp_path, "val", [70.0, 75.0], val_size=500),
+                         make_run(tmp_path, "_$val$", [70.0, 75.0], val_size=500),
                          make_run(tmp_path, "new", [], finished=False))
     figure = compare.draw_runs(groups, tmp_path / "all.png")
     axes = {axes.get_title(loc="left"): axes for axes in figure.axes}
@@ -144,47 +137,28 @@ def test_picture_shows_training_beside_evaluation_with_one_color_and_label_per_g
     accuracy = axes["Test or validation accuracy (%)"]
     first, *colors = [line.get_color() for line in accuracy.lines]
     assert colors[0] == colors[1] != first
-    labels = sorted(accuracy.texts, key=lambda text: -text.get_position()[1])  # from the top
-    assert [(text.get_text(), text.get_color()) for text in labels] == [("val", first), ("sgd-*", colors[0])]
-
-
-def test_names_without_a_common_prefix_are_listed(tmp_path):
-    rows = read_table(make_run(tmp_path, "first", [50.0]), make_run(tmp_path, "second", [60.0], seed=1))
-    assert rows[0]["run"] == "first, second"
+    labels = figure.legends[0].get_texts()
+    assert [(text.get_text(), text.get_color()) for text in labels] == [
+        (r"\$val\$", first), ("sgd-*", colors[0])]  # which matplotlib would hide, and read as math
 
 
 @pytest.mark.parametrize("file, text, reason", [
-    ("args.json", None, "No such file"),
     ("args.json", "{", "JSONDecodeError"),
-    ("args.json", "7", "TypeError"),
     ("args.json", "{}", "val_size"),
     ("metrics.csv", None, "No such file"),
     ("metrics.csv", "epoch,step\n1,2\n", "test_accuracy"),
     ("metrics.csv", ",".join(COLUMNS) + "\n1,x" + "," * 9 + "\n", "'x'"),
-    ("metrics.csv", ",".join(COLUMNS) + "\n1,1,1,1,1,1,1,1,1,1,1,1\n", "TypeError"),
-    ("metrics.csv", '"' + 200_000 * "1", "field larger"),
-    ("metrics.csv", b"\xff", "UnicodeDecodeError"),
-    ("results.json", "[]", "seconds"),
-    ("results.json", '{"seconds": 1}', "test_accuracy"),
     ("results.json", '{"seconds": 1, "last_accuracy": "good"}', "good"),
 ])
 def test_unreadable_folder_is_one_line_and_status_2(tmp_path, capsys, file, text, reason):
     folder = make_run(tmp_path, "a", [50.0])
     (folder / file).unlink()
     if text is not None:
-        (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / file).write_text(text)
     status = compare.main([str(make_run(tmp_path, "good", [50.0])), str(folder)])
     out, err = capsys.readouterr()
     assert status == 2 and out == "" and err.count("\n") == 1
     assert err.startswith(f"compare.py: error: {folder / file}: ") and reason in err
-
-
-@pytest.mark.parametrize("flag, name", [("--picture", "all.png"), ("--markdown", "runs.md")])
-def test_unwritable_file_is_one_line_and_status_2(tmp_path, capsys, flag, name):
-    (tmp_path / "file").touch()
-    status = compare.main([str(make_run(tmp_path, "a", [50.0])), flag, str(tmp_path / "file" / name)])
-    err = capsys.readouterr().err
-    assert status == 2 and err.count("\n") == 1 and name in err
 
 
 def test_it_runs_as_a_program_from_another_folder(tmp_path):

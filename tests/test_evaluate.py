@@ -11,6 +11,7 @@ import runs
 import torch
 from conftest import accuracy_in, one_by_one
 
+import cifar10
 import evaluate
 import models
 import plots
@@ -70,15 +71,20 @@ def test_scores_of_each_class():
 
 
 @pytest.mark.parametrize("scale", [0.2, 1, 5, 1000])  # at 1000 every confidence is 1
-def test_calibration_error_against_a_loop(scale):
+def test_calibration_against_a_loop(scale, tmp_path):
     generator = torch.Generator().manual_seed(0)
     logits, targets = scale * torch.randn(500, 10, generator=generator), torch.randint(10, (500,), generator=generator)
-    bins = [[] for _ in range(15)]
+    bins = [[0, 0.0, 0] for _ in range(15)]  # images, confidence, correct
     for row, target in zip(logits.double().softmax(1).tolist(), targets.tolist(), strict=True):
         edge = next(i for i in range(1, 16) if max(row) <= i / 15 or i == 15)
-        bins[edge - 1].append((max(row), row.index(max(row)) == target))
-    gaps = [abs(sum(confidence for confidence, _ in cases) - sum(correct for _, correct in cases)) for cases in bins]
-    assert evaluate.calibration_error(logits, targets) == pytest.approx(100 * sum(gaps) / 500, abs=1e-3)
+        for i, value in enumerate((1, max(row), row.index(max(row)) == target)):
+            bins[edge - 1][i] += value
+    found = evaluate.calibration_bins(logits, targets)
+    torch.testing.assert_close(found, torch.tensor(bins, dtype=torch.float64).T)
+    error = 100 * sum(abs(confidence - correct) for _, confidence, correct in bins) / 500
+    assert evaluate.calibration_error(logits, targets) == pytest.approx(error, abs=1e-6)
+    axes, = plots.draw_reliability(*found.numpy(), tmp_path / "reliability.png").axes
+    assert axes.get_title(loc="left") == f"Expected calibration error {error:.2f}%"
 
 def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, capsys):
     assert run_evaluate("--limit-test", "8") == 0
@@ -107,6 +113,14 @@ def test_precision_reaches_the_network(run_evaluate, monkeypatch):
     torch.testing.assert_close(fp32, bf16, rtol=0.1, atol=0.1)
 
 
+def test_a_run_draws_its_pictures_and_says_how_training_is_measured(run_train, tmp_path, monkeypatch):
+    drawn, draw_curves = [], plots.draw_curves
+    monkeypatch.setattr(plots, "draw_curves", lambda *args: drawn.append(draw_curves(*args)))
+    assert run_train("--epochs", "2", "--label-smoothing", "0.1") == 0
+    assert drawn[-1].get_supxlabel() == "Training is measured with label smoothing, evaluation without."
+    assert {path.stem for path in tmp_path.glob("run/*.png")} == {"confusion", "curves", "mistakes", "reliability"}
+
+
 def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run_train, no_pictures, scores, tmp_path):
     assert run_train("--epochs", "3", "--ema", "0.7", "--batch-size", "16", "--no-augment") == 0
     rows = [(f"{float(row['test_accuracy']):.2f}", f"{float(row['test_loss']):.4f}")
@@ -132,28 +146,26 @@ def test_a_published_checkpoint(scores, refused, test_set, tmp_path):
     assert "ckpt.pth was trained on airplane" in line and test_set.classes[0] in line and "--data-dir" in line
 
 
-def test_the_checkpoint_names_the_images(trained, scores, tmp_path, capsys, monkeypatch, data_dir):
+def test_the_checkpoint_names_the_images(trained, scores, test_set, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without a folder of data
+    assert evaluate.main([str(trained), *CPU_FLAGS]) == 0 and accuracy_in(capsys.readouterr().out) == scores()[0]
     checkpoint = torch.load(trained)
-    for folder in (str(data_dir), "elsewhere"):  # relative: not there, so the default is used
-        checkpoint["args"]["data_dir"] = folder
-        torch.save(checkpoint, tmp_path / "moved.pt")
-        assert evaluate.main([str(tmp_path / "moved.pt"), *CPU_FLAGS]) == 0
-        assert accuracy_in(capsys.readouterr().out) == scores()[0]
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "data").symlink_to(data_dir) if folder != "elsewhere" else None
-    assert not (tmp_path / "elsewhere").exists()
+    checkpoint["args"] |= {"synthetic": False, "data_dir": "elsewhere"}
+    torch.save({**checkpoint, "classes": list(cifar10.CLASSES)}, "moved.pt")
+    (tmp_path / "elsewhere").mkdir()
+    runs.write_batch(tmp_path / "elsewhere/test_batch", test_set.images.numpy(), test_set.targets.numpy())
+    assert evaluate.main(["moved.pt", *CPU_FLAGS]) == 0 and accuracy_in(capsys.readouterr().out) == scores()[0]
 
-def test_pictures(scores, refused, tmp_path):
+
+def test_pictures(scores, refused, tmp_path, monkeypatch):
     assert scores("--output-dir", tmp_path / "new/pictures")
-    first, second = sorted((tmp_path / "new/pictures").iterdir())
-    assert (first.name, second.name) == ("confusion.png", "mistakes.png")
+    first, *others = sorted((tmp_path / "new/pictures").iterdir())
+    assert [path.name for path in (first, *others)] == ["confusion.png", "mistakes.png", "reliability.png"]
     assert str(first) in refused("--output-dir", first)  # before scores are printed
-
-
-def test_pictures_that_cannot_be_written_are_an_error(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "draw_mistakes", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(plots, "draw_images", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     printed = refused("--output-dir", tmp_path, status=1)
-    assert "No space left on device" in printed and "pictures are in" not in printed and "test accuracy" in printed
+    assert "No space left on device" in printed and "are in" not in printed and "test accuracy" in printed
+
 
 @pytest.mark.parametrize("args, reason", [({"channels": 32}, "a different architecture"), ({"block": "other"}, "block"),
                                           ({"num_blocks": None}, "does not describe a network")])

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 import plots
 
@@ -40,69 +39,40 @@ def make_history(epochs, eval_split="test", **last_row):
 
 def draw_curves(tmp_path, history):
     steps = int(history[-1]["step"])
-    figure = plots.draw_curves(history, np.linspace(0.1, 0, steps), tmp_path / "curves.png")
-    axes = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    figure = plots.draw_curves(history, np.linspace(0.1, 0, steps), {}, tmp_path / "curves.png")
+    axes = {axes.get_title(loc="left").split(",")[0]: axes for axes in figure.axes}
     return axes["Accuracy (%)"], axes["Cross-entropy loss"], axes["Learning rate"]
 
 
-def make_mistakes(count):
+def make_images(count):
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    targets = np.arange(count) % 10
-    return images, targets, (targets + 3) % 10, np.linspace(0.999, 0.4, count)
+    captions = [CLASSES[i % 10] for i in range(count)]
+    return images, captions, [CLASSES[(i + 3) % 10] for i in range(count)], np.linspace(0.999, 0.4, count), "A title"
 
 
-def test_curves_show_the_columns_of_the_history(tmp_path):
-    history = make_history(5)
-    accuracy, loss, _ = draw_curves(tmp_path, history)
-    for axes, name in ((accuracy, "accuracy"), (loss, "loss")):
-        lines = {line.get_label(): line for line in axes.lines}
-        assert set(lines) == {"training", "test"}
-        for label, split in (("training", "train"), ("test", "test")):
-            assert lines[label].get_xdata().tolist() == [1, 2, 3, 4, 5]
-            assert lines[label].get_ydata().tolist() == [row[f"{split}_{name}"] for row in history]
+def test_curves_show_the_columns_of_the_history_and_their_last_values(tmp_path):
+    history = make_history(4)
+    accuracy, loss, lr = draw_curves(tmp_path, history)
+    for axes, name, labels in ((accuracy, "accuracy", ["training 85.00%", "test 78.75%"]),
+                               (loss, "loss", ["training 1.000", "test 1.100"])):
+        assert [line.get_label() for line in axes.lines] == ["training", "test"]
+        for line, text, split, label in zip(axes.lines, axes.get_legend().get_texts(), ("train", "test"), labels,
+                                            strict=True):
+            assert line.get_xdata().tolist() == [1, 2, 3, 4]
+            assert line.get_ydata().tolist() == [row[f"{split}_{name}"] for row in history]
+            assert (text.get_text(), text.get_color()) == (label, line.get_color())
+    assert [tuple(point) for point in lr.lines[0].get_xydata()] == [  # a learning rate per step
+        (step / 10, rate) for step, rate in enumerate(np.linspace(0.1, 0, 40), 1)] and lr.get_legend() is None
     assert imread(tmp_path / "curves.png").shape[:2] == (720, 1500)
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_learning_rate_is_drawn_per_step(tmp_path):
-    lrs = np.array([0.1, 0.4, 0.3, 0.2, 0.1, 0.0])
-    history = [{"epoch": epoch, "step": 2 * epoch, "train_accuracy": 50.0} for epoch in (1, 2, 3)]
-    line = plots.draw_curves(history, lrs, tmp_path / "curves.png").axes[2].lines[0]
-    assert line.get_xdata().tolist() == [0.5, 1, 1.5, 2, 2.5, 3] and line.get_ydata().tolist() == lrs.tolist()
-
-
-def test_lines_are_labeled_at_their_ends_with_the_last_value(tmp_path):
-    accuracy, loss, lr = draw_curves(tmp_path, make_history(4))
-    assert {text.get_text(): text.xy[1] for text in accuracy.texts} == {"training 85.00%": 85, "test 78.75%": 78.75}
-    assert {text.get_text() for text in loss.texts} == {"training 1.000", "test 1.100"}
-    for axes in (accuracy, loss):
-        colors = {line.get_label(): line.get_color() for line in axes.lines}
-        assert all(colors[text.get_text().split()[0]] == text.get_color() for text in axes.texts)
-    assert not lr.texts
-
-
-def test_end_labels_do_not_overlap_and_keep_the_order_of_the_lines(tmp_path):
-    figure = plots.new_figure(5, 3)
-    axes = figure.subplots()
-    lasts = [50, 50.1, 50.2, 90, 90.1, 90, 10, 10.1]
-    for index, last in enumerate(lasts):
-        history = [{"epoch": 1, "loss": 0.0}, {"epoch": 2, "loss": last}]
-        plots.draw_line(axes, history, "loss", plots.PALETTE[0], label=f"$\\frac${index}")  # not parsed as math
-    plots.draw_line(axes, history, "loss", plots.PALETTE[0])  # without a label
-    plots.label_ends(axes)
-    plots.save(figure, tmp_path / "lines.png")
-    labels = sorted(axes.texts, key=lambda text: text.get_position()[1])
-    boxes = [Text.get_window_extent(text) for text in labels]  # without the line that leads to the label
-    assert len(labels) == len(lasts)
-    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
-    assert [lasts[int(text.get_text()[-1])] for text in labels] == sorted(lasts)
-    assert 0 <= labels[0].get_position()[1] < labels[-1].get_position()[1] <= 1
-
-
-def test_short_runs_have_markers_and_long_ones_none(tmp_path):
-    for epochs, marker in ((1, "o"), (3, "o"), (200, "")):
+def test_short_runs_have_markers_long_ones_a_last_one_and_a_single_epoch_has_no_curves(tmp_path):
+    assert plots.draw_curves(make_history(1), np.ones(10), {}, tmp_path / "curves.png") is None
+    assert not list(tmp_path.iterdir())
+    for epochs, markers in ((2, 1), (12, 1), (13, [-1]), (200, [-1])):
         accuracy, loss, _ = draw_curves(tmp_path, make_history(epochs))
-        assert {line.get_marker() for line in (*accuracy.lines, *loss.lines)} == {marker}
+        assert all(line.get_markevery() == markers for line in (*accuracy.lines, *loss.lines))
         ticks = [tick for tick in accuracy.get_xticks() if 0 <= tick <= epochs]
         assert len(ticks) <= 7 and all(tick == int(tick) for tick in ticks)
 
@@ -116,9 +86,10 @@ def test_single_test_value_of_a_validation_run_is_a_marker(tmp_path):
 
 
 @pytest.mark.parametrize("last_loss, scale", [(0.5, "linear"), (0.3, "log"), (1e-6, "log"), (0.0, "linear")])
-def test_loss_axis_is_logarithmic_only_for_a_wide_range(tmp_path, last_loss, scale):
-    _, loss, _ = draw_curves(tmp_path, make_history(3, train_loss=last_loss))
-    assert loss.get_yscale() == scale
+def test_loss_axis_is_logarithmic_only_for_a_wide_range_and_says_so(tmp_path, last_loss, scale):
+    accuracy, loss, _ = draw_curves(tmp_path, make_history(3, train_loss=last_loss))
+    assert loss.get_yscale() == scale and accuracy.get_yscale() == "linear"
+    assert loss.get_title(loc="left") == "Cross-entropy loss" + ", log scale" * (scale == "log")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
@@ -126,7 +97,34 @@ def test_curves_skip_values_that_are_not_finite(tmp_path, bad):
     accuracy, loss, _ = draw_curves(tmp_path, make_history(2, train_loss=bad, test_loss=bad))
     assert [line.get_xdata().tolist() for line in loss.lines] == [[1], [1]]
     assert [line.get_xdata().tolist() for line in accuracy.lines] == [[1, 2], [1, 2]]
-    assert not draw_curves(tmp_path, make_history(1, train_loss=bad, test_loss=bad))[1].lines
+    assert not draw_curves(tmp_path, [row | {"train_loss": bad, "test_loss": bad} for row in make_history(2)])[1].lines
+
+
+@pytest.mark.parametrize("losses, top, marks", [
+    ([[2.0, 1.0], [3.0, 676.0, 500.0], [1.0, 14.0]], 2.2, [(2, "676"), (2, "14")]),
+    ([[2.0, 1.0], [3.0, 9.9]], 12, []),  # as high as the first epoch of a healthy run can be
+    ([[2.0, 20.0], [3.0, 676.0]], 1000, [])])  # no other run
+def test_diverged_runs_do_not_flatten_the_others_and_are_marked(losses, top, marks):
+    axes, other = plots.new_figure(6, 4).subplots(1, 2, sharey=True)
+    for color, values in zip(plots.PALETTE, losses, strict=False):
+        plots.draw_line(axes, [{"epoch": i, "loss": loss} for i, loss in enumerate(values, 1)], "loss", color)
+    for panel in (axes, other):
+        plots.style_curves(panel, "Loss", loss=True)
+        assert panel.get_ylim()[0] < 2 and 0.7 * top < panel.get_ylim()[1] <= top
+    assert [(text.xy[0], text.get_text()[2:]) for text in axes.texts] == marks and not other.texts
+    cut = [line for line in axes.lines if line.get_clip_on()]
+    assert [line.get_color() for line in cut] == [text.get_color() for text in axes.texts]
+    assert len({text.xyann[1] for text in axes.texts}) == len(marks)  # one below the other
+
+
+@pytest.mark.parametrize("settings, note", [
+    ({"label_smoothing": 0.0, "ema": 0.0, "mixup": 0.0, "optimizer": "sgd"}, ""),
+    ({"label_smoothing": 0.1, "cutmix": 1.0}, "Training is measured with label smoothing, cutmix, evaluation without."),
+    ({"ema": 0.99}, "Evaluation uses the averaged weights."),
+    ({"trivial_augment": True, "ema": 0.99}, "Training is measured with trivial augment, evaluation without. "
+     "Evaluation uses the averaged weights.")])
+def test_curves_say_what_sets_training_apart(tmp_path, settings, note):
+    assert plots.draw_curves(make_history(2), np.ones(20), settings, tmp_path / "c.png").get_supxlabel() == note
 
 
 def read_cells(axes):
@@ -145,61 +143,46 @@ def test_confusion_shows_percent_of_the_true_class_in_rows(tmp_path):
         assert [label.get_text() for label in labels] == list(CLASSES)
 
 
-def test_confusion_has_one_color_scale_for_all_runs_and_readable_cells(tmp_path):
-    colors = {}
-    for accuracy in (50, 95):
-        confusion = np.eye(10, dtype=int) * accuracy
-        confusion += np.roll(np.eye(10, dtype=int), 3, axis=1) * (100 - accuracy)
-        confusion[1] = [5, 90, 5] + 7 * [0]  # a row that both matrices share
-        (axes,) = plots.draw_confusion(confusion, CLASSES, tmp_path / "confusion.png").axes
-        image = axes.images[0]
-        colors[accuracy] = image.to_rgba(image.get_array())[..., :3]
-        for place, text in read_cells(axes).items():  # contrast of brightness between text and cell
-            assert abs(np.mean(to_rgb(text.get_color())) - colors[accuracy][place].mean()) > 0.25
-    assert np.array_equal(colors[50][1], colors[95][1])
-    zero, five, fifty, most = (colors[run][place].mean() for run, place in (
-        (95, (1, 3)), (95, (1, 0)), (50, (0, 0)), (95, (0, 0))))
-    assert zero - 0.05 > five > fifty + 0.2 > most + 0.3  # larger is darker, and 5% is visible beside 0%
+def test_cells_of_confusion_are_readable_and_darker_for_larger_values(tmp_path):
+    confusion = np.eye(10, dtype=int) * 50 + np.roll(np.eye(10, dtype=int), 3, axis=1) * 50
+    confusion[1] = [5, 95] + 8 * [0]
+    (axes,) = plots.draw_confusion(confusion, CLASSES, tmp_path / "confusion.png").axes
+    colors = axes.images[0].to_rgba(axes.images[0].get_array())[..., :3].mean(2)
+    for place, text in read_cells(axes).items():
+        assert abs(np.mean(to_rgb(text.get_color())) - colors[place]) > 0.25
+    zero, five, fifty, most = colors[1, 3], colors[1, 0], colors[0, 0], colors[1, 1]
+    assert zero - 0.05 > five > fifty + 0.2 > most + 0.3
 
 
 @pytest.mark.parametrize("count, title", [(0, "0.00% accuracy on 0 images"), (1, "10.00% accuracy on 100 images")])
-def test_confusion_of_few_images(tmp_path, count, title):
-    figure = plots.draw_confusion(np.full((10, 10), count), CLASSES, tmp_path / "confusion.png")
+def test_confusion_of_few_images_and_names_that_look_like_math(tmp_path, count, title):
+    figure = plots.draw_confusion(np.full((10, 10), count), ["$\\frac$", *CLASSES[1:]], tmp_path / "confusion.png")
     assert figure.axes[0].get_title() == title
 
 
-def test_mistakes_show_the_first_36_with_true_class_and_prediction(tmp_path):
-    images, targets, predictions, probabilities = make_mistakes(40)
-    figure = plots.draw_mistakes(images, targets, predictions, probabilities, CLASSES, tmp_path / "mistakes.png")
-    assert len(figure.axes) == 36
+def test_reliability_shows_accuracy_and_number_of_images_of_each_bin(tmp_path):
+    counts, correct = np.array([0, 10, 1000, 0, 5]), np.array([0, 4, 750, 0, 5])
+    axes, = plots.draw_reliability(counts, np.array([0, 3.0, 500, 0, 4.5]), correct, tmp_path / "reliability.png").axes
+    assert [(bar.get_x(), round(bar.get_height(), 6)) for bar in axes.patches] == [(20, 40), (40, 75), (80, 100)]
+    assert [text.get_text() for text in axes.texts] == ["10", "1,000", "5"]
+    assert axes.get_title(loc="left") == "Expected calibration error 24.78%"  # (1 + 250 + 0.5) / 1015
+    assert " 50.00 on average;" in axes.get_xlabel() and " 74.78 on average;" in axes.get_ylabel()
+
+
+def test_the_first_36_images_are_shown_with_caption_prediction_and_probability(tmp_path):
+    images, captions, predictions, probabilities, title = make_images(40)
+    captions[:3] = ["holidays/2024.png", "\u732b\n\udce9.png", "$\\frac$"]
+    figure = plots.draw_images(images, captions, predictions, probabilities, title, tmp_path / "images.png")
+    assert len(figure.axes) == 36 and figure.texts[0].get_text() == "A title"
     assert all(np.array_equal(axes.images[0].get_array(), image)
                for axes, image in zip(figure.axes, images, strict=False))
-    assert [text.get_text() for text in figure.axes[0].texts] == ["airplane", "cat 99.9%"]
-    assert [text.get_text() for text in figure.axes[17].texts] == ["horse", f"airplane {100 * probabilities[17]:.1f}%"]
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert texts[0] == ["\u2026days/2024.png", "cat 99.9%"] and texts[1][0] == "???.png"
+    assert texts[17] == ["horse", f"airplane {100 * probabilities[17]:.1f}%"]
     boxes = [axes.get_position() for axes in figure.axes]
     assert all(0 <= box.x0 < box.x1 <= 1 and 0 <= box.y0 < box.y1 <= 1 for box in boxes)
     assert not any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
-
-
-def test_mistakes_of_a_perfect_model(tmp_path):
-    figure = plots.draw_mistakes(*make_mistakes(0), CLASSES, tmp_path / "mistakes.png")
-    assert not figure.axes and figure.texts[0].get_text() == "No mistakes"
-
-
-def test_names_are_not_parsed_as_math(tmp_path):
-    classes = ["$\\frac$", "a_b", "x" * 40, *CLASSES[3:]]
-    plots.draw_confusion(np.ones((10, 10), int), classes, tmp_path / "confusion.png")
-    plots.draw_mistakes(*make_mistakes(4), classes, tmp_path / "mistakes.png")
-
-
-@pytest.mark.parametrize("draw, arguments", [
-    (plots.draw_curves, (make_history(2), np.ones(20))),
-    (plots.draw_confusion, (np.eye(10, dtype=int), CLASSES)),
-    (plots.draw_mistakes, (*make_mistakes(2), CLASSES)),
-])
-def test_unwritable_path_raises_oserror(tmp_path, draw, arguments):
-    with pytest.raises(OSError):
-        draw(*arguments, tmp_path / "missing" / "picture.png")
+    assert not plots.draw_images(*make_images(0), tmp_path / "images.png").axes
 
 
 def test_matplotlib_is_imported_with_the_first_picture_and_pyplot_never():

@@ -132,7 +132,8 @@ def draw_runs(groups: Sequence[Sequence[Run]], path: Path):
         style = {"color": plots.PALETTE[index % 7], "linestyle": ("-", "--", ":")[index // 7 % 3]}
         for run in group:
             split = "val" if run.results["selected_on"] == "validation" else "test"
-            label = name_group(group) if run is group[0] else None
+            # matplotlib leaves a name that begins with "_" out of the legend, and reads "$" as math
+            label = name_group(group).lstrip("_").replace("$", r"\$") if run is group[0] else None
             for (left, right), metric in zip(grid, ("accuracy", "loss"), strict=True):
                 plots.draw_line(left, run.history, f"train_{metric}", **style)
                 plots.draw_line(right, run.history, f"{split}_{metric}", label=label, **style)
@@ -140,8 +141,9 @@ def draw_runs(groups: Sequence[Sequence[Run]], path: Path):
     for row, metric in zip(grid, ("accuracy (%)", "loss"), strict=True):
         for axes, split in zip(row, ("Training", splits.capitalize()), strict=True):
             plots.style_curves(axes, f"{split} {metric}", loss=metric == "loss")
-            plots.label_ends(axes)
             axes.set_xlabel("epoch" if metric == "loss" else "", color=plots.MUTED)
+    figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside right upper", frameon=False,
+                  labelcolor="linecolor")
     return plots.save(figure, path)
 
 
