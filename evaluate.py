@@ -6,13 +6,14 @@ if __name__ == "__main__":
     exit_on_signals()  # before torch is imported, which takes seconds
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import cifar10
 import data
@@ -30,20 +31,28 @@ CPU_BATCH_SIZE = 125  # a third faster there: the activations of a layer stay in
 CALIBRATION_BINS = 15
 
 
+def progress(items: Iterable, title: str | None) -> tqdm:
+    """Iterate with a progress bar on a terminal, if it takes more than two seconds; None as the title shows none."""
+    return tqdm(items, title, leave=False, delay=2, disable=None if title and sys.stderr else True,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left")
+
+
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device | str, precision: str = "fp32",
-                   normalize: bool = True, tta: bool = False, world: World | None = None) -> Tensor:
+                   normalize: bool = True, tta: bool = False, world: World | None = None,
+                   title: str | None = "evaluating") -> Tensor:
     """Run a network over images (N, 32, 32, 3) uint8 in evaluation mode: (N, 10) float32 on `device`.
 
     `tta` averages the probabilities of each image and its horizontal flip, and returns their logarithms. The ranks of
-    `world` share the batches, and all get the result.
+    `world` share the batches, and all get the result; rank 0 shows a progress bar with this title.
     """
     world, device = world or World(), torch.device(device)
     training = model.training
     model.eval()
     outputs = torch.zeros(len(images), 10, device=device)
     size = CPU_BATCH_SIZE if device.type == "cpu" else BATCH_SIZE
-    for start in range(world.rank * size, len(images), world.size * size):
+    starts = range(world.rank * size, len(images), world.size * size)
+    for start in progress(starts, title if world.is_main else None):
         inputs = to_input(images[start:start + size].to(device), normalize)
         with hardware.autocast(device, precision):
             logits = model(inputs).float()

@@ -2,7 +2,10 @@
 
 import csv
 import errno
+import io
+import itertools
 import re
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,6 +19,7 @@ import evaluate
 import models
 import plots
 from checkpoint import load_checkpoint
+from distributed import World
 
 CPU_FLAGS = ["--device", "cpu", "--precision", "fp32", "--limit-test", "50"]
 
@@ -102,6 +106,24 @@ def test_tta_averages_probabilities_with_the_flipped_image(scores, trained, expe
     flipped = one_by_one(evaluate.load_checkpoint_model(trained)[0], test_set.images.flip(2)).softmax(1)
     assert scores("--tta") == plain_scores((expected + flipped) / 2, test_set.targets)
     assert scores("--tta") != scores()
+
+
+def test_a_slow_evaluation_shows_a_bar_on_a_terminal_and_removes_it(trained, test_set, monkeypatch):
+    model = evaluate.load_checkpoint_model(trained)[0]
+    monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 5)
+
+    def printed(seconds=1.0, terminal=True, **settings) -> str:
+        """Evaluate with a clock that moves on by so many seconds with each look at it."""
+        monkeypatch.setattr("tqdm.std.time", map(lambda count: count * seconds, itertools.count()).__next__)
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        sys.stderr.isatty = lambda: terminal
+        evaluate.predict_logits(model, test_set.images, "cpu", **settings)
+        return sys.stderr.getvalue()
+    assert re.fullmatch(r"(\revaluating +\d+%\|[# ]+\| 00:\d\d left)+\r +\r", printed())
+    assert "labeling" in printed(title="labeling")
+    assert [printed(0.01), printed(terminal=False), printed(title=None), printed(world=World(rank=1))] == [""] * 4
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    evaluate.predict_logits(model, test_set.images, "cpu")
 
 
 def test_precision_reaches_the_network(run_evaluate, monkeypatch):

@@ -176,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             content = {"settings": settings, "accuracy": accuracy, **summary}
             write_text(args.output, json.dumps(content, indent=2) + "\n")
-    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=info.normalize),
-            accuracy, save)
+    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=info.normalize,
+                          title=None), accuracy, save)
     save(**summarize(accuracy, published=bool(args.test_dir)))
     if args.output:
         print_line(f"saved {args.output}")
