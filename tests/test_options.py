@@ -34,7 +34,7 @@ augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
 --trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0
 """ + HARDWARE + "; --workers 0; --compile/--no-compile on for CUDA; --deterministic/--no-deterministic off"),
     "evaluate": ("CHECKPOINT [flags]", f"output: --output-dir; {OUTPUT}{DATA}--limit-test all\n{HARDWARE}"),
-    "predict": ("CHECKPOINT IMAGES... [flags]", f"output: --output -; {OUTPUT}{HARDWARE}")}
+    "predict": ("CHECKPOINT IMAGES... [flags]", f"output: --output -; --picture; {OUTPUT}{HARDWARE}")}
 
 
 def outline(text: str) -> str:

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import one_by_one
 from PIL import Image
 
 import evaluate
+import plots
 import predict
 
 
@@ -37,12 +39,19 @@ def photo(test_set, tmp_path):
 
 @pytest.fixture
 def folder(test_set, tmp_path):
-    """The first 20 test images in a tree of folders, with a text file and a folder named like an image."""
-    root = tmp_path / "images"
-    (root / "deeper/folder.png").mkdir(parents=True)
+    """The first 20 test images in a tree of folders, some behind links, with what must be skipped beside them."""
+    root, outside = tmp_path / "images", tmp_path / "outside"
+    for place in ("deeper/folder.png", "__MACOSX", ".cache"):
+        (root / place).mkdir(parents=True)
+    outside.mkdir()
     for i, image in enumerate(test_set.images[:20].numpy()):
-        Image.fromarray(image).save(root / ("deeper" if i % 3 else ".") / f"{i:02}{'.PNG' if i % 2 else '.png'}")
-    (root / "notes.txt").write_text("not an image")
+        place = outside if i == 7 else root / "deeper" if i % 3 else root
+        Image.fromarray(image).save(place / f"{i:02}{'.PNG' if i % 2 else '.png'}")
+    for link, target in (("deeper/linked", outside), ("alias", root / "deeper"), ("deeper/loop", root)):
+        (root / link).symlink_to(target)
+    (outside / "back").symlink_to(root)
+    for name in ("notes.txt", "a.webp", "b.webp", "__MACOSX/00.png", ".cache/00.png", "deeper/._01.png"):
+        (root / name).write_text("not an image")
     return root
 
 
@@ -76,7 +85,7 @@ def test_pickled_images_of_both_forms(run_predict, expected, test_set, tmp_path,
     assert len(set(labels)) > 2
 
 @pytest.mark.parametrize("case", ["default", "tta", "plain"])
-def test_a_folder_of_images(case, run_predict, trained, plain, test_set, folder, tmp_path):
+def test_a_folder_of_images(case, run_predict, trained, plain, test_set, folder, tmp_path, capsys):
     model, images = evaluate.load_checkpoint_model(trained)[0], test_set.images[:20]
     probabilities = one_by_one(model, images, normalize=case != "plain").softmax(1)
     if case == "tta":
@@ -86,19 +95,45 @@ def test_a_folder_of_images(case, run_predict, trained, plain, test_set, folder,
     header, *rows = read_rows(tmp_path / "labels.csv")
     assert header == ["path", "class", "probability"] and len(rows) == 20
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert {str(Path(row[0]).parent.relative_to(folder)) for row in rows} == {".", "deeper", "deeper/linked"}
+    assert capsys.readouterr().err == (f"warning: {folder}: other files left out: 3 (.txt, .webp)\n"
+                                       f"20 labels in {tmp_path / 'labels.csv'}\n")
     for path, name, probability in rows:
         row = probabilities[int(re.search(r"(\d\d)\.", path)[1])]
         assert name == test_set.classes[row.argmax()]
         assert float(probability) == pytest.approx(row.max().item(), abs=1e-4)
 
 
-def test_an_unreadable_image_of_several_is_skipped(run_predict, folder, tmp_path, capsys):
+def test_unreadable_images_of_several_are_skipped(run_predict, folder, tmp_path, capsys):
     (folder / "deeper/bad.jpg").write_bytes((folder / "00.png").read_bytes()[:-200])
+    (folder / "moved.png").symlink_to("nowhere")
     assert run_predict(folder, "--output", tmp_path / "labels.csv") == 2
-    lines = capsys.readouterr().err.splitlines()
+    _, *lines = capsys.readouterr().err.splitlines()
     assert "warning: skipped" in lines[0] and "bad.jpg is not a readable PNG or JPEG image" in lines[0]
-    assert lines[-1] == "predict.py: error: 1 of 21 images could not be read"
+    assert "moved.png" in lines[1] and lines[-1] == "predict.py: error: 2 of 22 images could not be read"
     assert len(read_rows(tmp_path / "labels.csv")) == 21
+
+
+def test_a_file_that_is_named_is_always_tried(run_predict, photo, tmp_path, capsys):
+    paths = [photo.rename(tmp_path / "._a.png"), tmp_path / "b.webp", tmp_path / "c"]
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+    assert run_predict(*paths) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [*map(str, paths)]
+
+
+@pytest.mark.parametrize("count", [20, 36])  # a folder; the first of a pickle
+def test_a_picture_of_the_labeled_images(count, run_predict, folder, test_set, expected, tmp_path, monkeypatch):
+    drawn, draw_images = [], plots.draw_images
+    monkeypatch.setattr(plots, "draw_images", lambda *args: drawn.extend(draw_images(*args).axes))
+    path = folder if count == 20 else write_pickle(tmp_path / "p", test_set.images, 5, np.arange(50))
+    assert run_predict(path, "--output", tmp_path / "labels.csv", "--picture", tmp_path / "new/labels.png") == 0
+    assert Image.open(tmp_path / "new/labels.png").format == "PNG" and len(drawn) == count
+    for axes, (name, *_) in zip(drawn, read_rows(tmp_path / "labels.csv")[1:], strict=False):
+        index, (confidence, best) = int(Path(name).stem), expected[int(Path(name).stem)].max(0)
+        assert np.array_equal(axes.images[0].get_array(), test_set.images[index])
+        assert [text.get_text() for text in axes.texts] == [
+            Path(name).name if count == 20 else f"ID {name}", f"{test_set.classes[best]} {100 * confidence:.1f}%"]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16", "CMYK"])
@@ -111,6 +146,26 @@ def test_modes_of_images(test_set, tmp_path, mode):
     found = predict.read_image(tmp_path / "image.png")
     assert found.shape == (32, 32, 3) and found.dtype == np.uint8 and found.flags.writeable
     assert np.abs(found - np.asarray(image.convert("RGB")).astype(int)).max() <= (8 if mode == "CMYK" else 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+@pytest.mark.parametrize("hidden", [30, 220])
+def test_transparent_pixels_are_white_whatever_their_hidden_color(tmp_path, monkeypatch, recwarn, mode, hidden):
+    alpha, transparency = np.zeros((32, 32), np.uint8), None
+    alpha[4:28, 4:28], alpha[8:24, 8:24] = 255 if mode == "I;16" else 128, 255
+    image = Image.fromarray(np.where(alpha, 110, hidden).astype(np.uint8)).convert(mode[:-1] if "A" in mode else "L")
+    if mode == "P":
+        image, transparency = Image.fromarray(alpha // 127).convert("P"), bytes([0, 128, 255])
+        image.putpalette([hidden] * 3 + [110] * 6)
+    elif mode == "I;16":  # without an alpha channel, one gray level counts as transparent
+        image, transparency = Image.fromarray(np.asarray(image) * np.uint16(256)), hidden * 256
+    else:
+        image.putalpha(Image.fromarray(alpha))
+    image.save(tmp_path / "image.png", transparency=transparency)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # makes Pillow warn of a large image
+    found = predict.read_image(tmp_path / "image.png")
+    expected = (110.0 * alpha + 255 * (255.0 - alpha)) / 255
+    assert image.mode == mode and np.abs(found - expected[:, :, None]).max() <= 1 and not list(recwarn)
 
 
 def test_a_photo_taken_sideways_is_read_upright(test_set, tmp_path):
@@ -142,37 +197,38 @@ def test_without_a_file_the_labels_alone_are_printed_whatever_the_names(run_pred
         patch.setattr(sys, "stdout", stdout)
         assert run_predict(path, *flags) == 0
         assert stdout.buffer.getvalue() == (tmp_path / "labels.csv").read_bytes()
+        patch.setattr(sys, "stdout", None)  # closed, as by >&-; of a notebook below: neither can be reconfigured
+        assert run_predict(path, *flags) == 0
+        patch.setattr(sys, "stdout", io.StringIO())
+        assert run_predict(path, *flags) == 0 and sys.stdout.getvalue().startswith("path,class,probability\n")
     assert re.fullmatch(r"1 labels in .*labels\.csv\n", capsys.readouterr().err)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_pipes_are_written_to(run_predict, photo, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    named, (reader, writer) = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK), os.pipe()
-    for output in (tmp_path / "pipe", f"/dev/fd/{writer}"):  # what >(command) and /dev/stdout stand for
-        assert run_predict(photo, "--output", output) == 0
-    text = os.read(named, 10_000)
-    assert text.startswith(b"path,class,probability\n") and text == os.read(reader, 10_000)
-    for descriptor in (named, reader, writer):
-        os.close(descriptor)
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd")
+def test_pipes_are_written_to(run_predict, photo):
+    reader, writer = os.pipe()
+    assert run_predict(photo, "--output", f"/dev/fd/{writer}") == 0  # what >(command) and /dev/stdout stand for
+    assert os.read(reader, 10_000).startswith(b"path,class,probability\n")
+    os.close(reader)
+    os.close(writer)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_images_are_labeled(refused, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "predict_logits", None)
-    for output in (tmp_path, photo / "labels.csv"):
-        assert str(output) in refused(photo, "--output", output)
+    for flag in ("--output", "--picture"):
+        for output in (tmp_path, photo / "labels.csv"):
+            assert str(output) in refused(photo, flag, output)
     assert list(tmp_path.iterdir()) == [photo]
 
 @pytest.mark.parametrize("name, content", {
     "text.png": b"this is a text file", "notes.txt": b"this is a text file", "empty.png": b"", "empty.pickle": b"",
-    "a.gif": "GIF", "a.webp": "WEBP", "webp.png": "WEBP", "start.jpg": b"\xff\xd8\xff\xe0"}.items())
+    "a.gif": "GIF", "webp.png": "WEBP", "start.jpg": b"\xff\xd8\xff\xe0"}.items())
 def test_files_that_are_no_readable_image(name, content, refused, photo, tmp_path):
-    path = tmp_path / name
     if isinstance(content, bytes):
-        path.write_bytes(content)
+        (tmp_path / name).write_bytes(content)
     else:
-        Image.open(photo).save(path, content)
-    line = refused(path, "--output", tmp_path / "labels.csv")
+        Image.open(photo).save(tmp_path / name, content)
+    line = refused(tmp_path / name, "--output", tmp_path / "labels.csv")
     assert f"{name} is not a readable PNG or JPEG image" in line and "pickle" not in line.replace(name, "")
     assert not (tmp_path / "labels.csv").exists()
 
@@ -180,11 +236,13 @@ def test_files_that_are_no_readable_image(name, content, refused, photo, tmp_pat
 def test_other_sources_that_are_refused(refused, photo, test_set, tmp_path):
     hidden = write_pickle(tmp_path / "hidden", test_set.images)
     assert re.search("hidden is a pickle and .*photo.png an image", refused(photo, hidden))
-    assert "nowhere.png: no such file or folder" in refused(tmp_path / "nowhere.png")
+    assert re.search("nowhere.png is not a readable .*No such file", refused(tmp_path / "nowhere.png"))
     (tmp_path / "nothing").mkdir()
     assert "nothing: the folder has no .png, .jpg, .jpeg file" in refused(tmp_path / "nothing")
-    hidden.write_bytes(hidden.read_bytes()[:-100])
-    assert "hidden" in refused(hidden)
+    for content in (hidden.read_bytes()[:-100], pickle.dumps({b"data": 1}, 0), pickle.dumps({b"data": 1}, 1)):
+        hidden.write_bytes(content)
+        line = refused(hidden)
+        assert "hidden" in line and "image" not in line
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_load_model_takes_floats_from_0_to_1(normalize, trained, plain, test_set):
