@@ -1,6 +1,8 @@
 """tools/compare.py: the numbers of the table, the picture, and unreadable run folders."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from matplotlib.image import imread
 
 from tools import compare
 
+ROOT = Path(compare.__file__).resolve().parent.parent
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
            "test_accuracy", "seconds", "images_per_second")
 
@@ -161,9 +164,23 @@ def test_unreadable_folder_is_one_line_and_status_2(tmp_path, capsys, file, text
     assert err.startswith(f"compare.py: error: {folder / file}: ") and reason in err
 
 
-def test_it_runs_as_a_program_from_another_folder(tmp_path):
-    make_run(tmp_path, "a", [50.0])
-    program = Path(compare.__file__).resolve()
-    done = subprocess.run([sys.executable, str(program), "a", "b"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "compare.py: error: b/args.json: No such file or directory; expected a run folder\n"
+def test_the_command_of_the_readme_as_typed(tmp_path):
+    command = re.search(r"^python tools/compare\.py .*$", (ROOT / "README.md").read_text("utf-8"), re.M)[0]
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/pretrained.pt").touch()
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for message in ("compare.py: error: {}: no run folder;", "warning: skipped what is no run folder: {}\n"):
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert message.format("checkpoints/pretrained.pt") in done.stderr and done.stderr.count("\n") == 1
+        if done.returncode == 2:
+            make_run(tmp_path / "checkpoints", "run", [50.0, 60.0])
+    assert done.returncode == 0 and "| run " in done.stdout and (tmp_path / "compare.png").exists()
+
+
+def test_every_tool_works_without_docstrings():
+    names = [path.stem for path in (ROOT / "tools").glob("*.py") if path.stem != "corruption_ops"]
+    code = ("import contextlib, importlib, sys\nfor name in sys.argv[1:]:\n  with contextlib.suppress(SystemExit):\n"
+            "    importlib.import_module('tools.' + name).main(['--help'])")
+    done = subprocess.run([sys.executable, "-OO", "-c", code, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.count("usage: ") == len(names) == 5

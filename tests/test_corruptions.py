@@ -66,21 +66,6 @@ def test_generated_sets_are_the_clean_images_and_every_corruption(test_set, monk
         assert torch.equal(each.versions[4](), ops.corrupt(split.images, operation, 5, seed=7))
 
 
-def measure(sets: list[corruptions.TestSet], predict) -> dict[str, list[float]]:
-    """Measure from nothing, without saving."""
-    accuracy = {}
-    corruptions.measure(sets, predict, accuracy, lambda: None)
-    return accuracy
-
-
-def test_accuracy_counts_every_image(monkeypatch):
-    monkeypatch.setattr(corruptions, "CHUNK", 3)
-    targets = torch.tensor([1, 1, 1, 1, 2, 3, 1])
-    sets = [corruptions.TestSet("clean", targets, [lambda: torch.zeros(7, 32, 32, 3, dtype=torch.uint8)])]
-    accuracy = measure(sets, lambda images: one_hot(torch.ones(len(images), dtype=torch.int64), 10))
-    assert accuracy == {"clean": [pytest.approx(100 * 5 / 7)]}
-
-
 # --- published files -------------------------------------------------------------------------------------------------
 
 
@@ -100,10 +85,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_published_files_are_read_by_severity(folder, capsys):
+def test_published_files_are_read_by_severity(folder, monkeypatch, capsys):
+    monkeypatch.setattr(corruptions, "CHUNK", 4)  # of 6 images
     def predict(images):
         return one_hot(images[:, 0, 0, 0].long(), 10)
-    accuracy = measure(corruptions.find_sets(folder, None), predict)
+    accuracy, limited = {}, {}
+    corruptions.measure(corruptions.find_sets(folder, None), predict, accuracy, lambda: None)
     expected = [100 * (6 - severity) / 6 for severity in range(1, 6)]
     assert accuracy == {name: pytest.approx(expected) for name in ("frost", "fog", "snow")} | {
         "cifar10.1_v6": [pytest.approx(expected[1])]}
@@ -111,7 +98,7 @@ def test_published_files_are_read_by_severity(folder, capsys):
     assert summary["mean"] == pytest.approx(50)
     assert summary["left_out"] == [name for name in NAMES if name not in ("fog", "snow")]
     assert "3 of the 15" in capsys.readouterr().out
-    limited = measure(corruptions.find_sets(folder, 4), predict)
+    corruptions.measure(corruptions.find_sets(folder, 4), predict, limited, lambda: None)
     assert limited["fog"] == pytest.approx([75, 50, 25, 0, 0])
 
 
@@ -130,10 +117,8 @@ def cut_off(array: np.ndarray, path: Path):
 
 @pytest.mark.parametrize("name, write, message", [
     ("fog.npy", lambda path: np.save(path, np.zeros((29, 32, 32, 3), np.uint8)), "fog.npy has uint8 (29, 32, 32, 3)"),
-    ("fog.npy", lambda path: np.save(path, np.zeros((30, 32, 32, 3), np.float32)), "float32"),
     ("fog.npy", lambda path: path.write_bytes(pickle.dumps(Malicious(path.with_name("run")))), "fog.npy is not a"),
     ("fog.npy", lambda path: np.save(path, np.array([Malicious(path.with_name("run"))])), "fog.npy is not a"),
-    ("fog.npy", lambda path: path.write_bytes(np.load(path).tobytes()[:50]), "fog.npy is not a"),
     ("fog.npy", lambda path: cut_off(np.load(path), path), "fog.npy is not a"),
     ("labels.npy", lambda path: np.save(path, np.full(30, 10, np.uint8)), "from 0 to 9"),
     ("labels.npy", lambda path: np.save(path, np.arange(30) % 10), "the same ones for each severity"),

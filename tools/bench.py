@@ -296,7 +296,7 @@ def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
 @program("bench.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark that a command line describes; return the exit status."""
-    parser = options.Parser("bench.py", "[--quick] [--json FILE] [flags of train.py]", __doc__.partition(":")[0] + ".")
+    parser = options.Parser("bench.py", "[--quick] [--json FILE] [flags of train.py]", "Measure the speed of training.")
     parser.add_argument("--quick", action="store_true", default=False, help="fewer and smaller measurements")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write results to this file")
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

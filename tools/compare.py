@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
 from options import Parser
-from utils import UserError, check_output, print_line, program, write_text
+from utils import UserError, check_output, print_line, program, warn, write_text
 
 PLACES = {"output_dir", "data_dir", "workers", "save_minutes", "log_interval", "max_params"}  # no effect on results
 HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may hold "auto"
@@ -150,13 +150,19 @@ def draw_runs(groups: Sequence[Sequence[Run]], path: Path):
 @program("compare.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the files that a command line asks for."""
-    parser = Parser("compare.py", "RUN... [flags]", __doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser = Parser("compare.py", "RUN... [flags]", "Compare runs: settings, results and curves.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; others are skipped")
     flag = parser.group("output")
     flag("--picture", None, "draw the curves of all runs", type=Path, metavar="FILE.png")
     flag("--markdown", None, "write the table, and a link to the picture", type=Path, metavar="FILE")
     args, _ = parser.parse(argv)
-    groups = group_runs([read_run(path) for path in {path.resolve(): path for path in args.runs}.values()])
+    paths = {path.resolve(): path for path in args.runs if (path / "args.json").exists()}
+    others = ", ".join(str(path) for path in args.runs if path.resolve() not in paths)
+    if not paths:
+        raise UserError(f"{others}: no run folder; expected one such as checkpoints/se-resnet")
+    if others:
+        warn(f"skipped what is no run folder: {others}")
+    groups = group_runs([read_run(path) for path in paths.values()])
     for path in filter(None, (args.picture, args.markdown)):
         check_output(path)
     parts = [format_table(build_table(groups)), *build_notes(groups)]

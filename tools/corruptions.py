@@ -138,7 +138,7 @@ def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, An
 @program("corruptions.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and save what a command line asks for."""
-    parser = Parser("corruptions.py", "CHECKPOINT [flags]", __doc__.splitlines()[0])
+    parser = Parser("corruptions.py", "CHECKPOINT [flags]", "Measure accuracy under common corruptions of the images.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained network, such as RUN/best.pt")
     flag = parser.group("corruptions")
     flag("--output", None, "save the results here; an interrupted measurement continues from this file", type=Path,

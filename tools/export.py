@@ -54,7 +54,7 @@ def to_share(checkpoint: dict[str, Any]) -> dict[str, Any]:
 @program("export.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Export the checkpoint that a command line names."""
-    parser = Parser("export.py", "CHECKPOINT --output FILE", __doc__.splitlines()[0])
+    parser = Parser("export.py", "CHECKPOINT --output FILE", "Export a trained network, as ONNX or to share it.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a trained network, such as RUN/best.pt")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx, or FILE.pt to share the "
                         "weights in half precision")
