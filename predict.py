@@ -21,7 +21,7 @@ import hardware
 import options
 import plots
 from augment import SIZE
-from evaluate import load_checkpoint_model, predict_logits, progress
+from evaluate import TTA_HELP, load_checkpoint_model, predict_logits, progress
 from models import Normalized
 from utils import UserError, check_output, print_line, warn, write_text
 
@@ -126,7 +126,7 @@ def build_parser() -> options.Parser:
     flag = parser.group("output")
     flag("--output", "-", "CSV file to write; - prints it", metavar="CSV")
     flag("--picture", None, "also draw the first 36 images with class and probability", metavar="FILE.png")
-    flag("--tta", False, "average the predictions of each image and its horizontal flip")
+    flag("--tta", False, TTA_HELP)
     options.add_hardware_flags(parser, ("device", "precision"))
     return parser
 

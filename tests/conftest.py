@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -111,6 +112,13 @@ def one_by_one(model: nn.Module, images: torch.Tensor, normalize: bool = True) -
         inputs = [image.permute(2, 0, 1) / 255 for image in images]
         inputs = [(image - MEAN[:, None, None]) / STD[:, None, None] if normalize else image for image in inputs]
         return torch.cat([model(image[None]) for image in inputs])
+
+
+def six_views(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Average the probabilities over flips and diagonal shifts by one pixel, with NumPy's own padding."""
+    padded = np.pad(images.numpy(), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    shifted = [torch.from_numpy(padded[:, i:i + 32, i:i + 32].copy()) for i in range(3)]
+    return sum(one_by_one(model, view).softmax(1) for each in shifted for view in (each, each.flip(2))) / 6
 
 
 def accuracy_in(text: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import accuracy_in, one_by_one
+from conftest import accuracy_in, one_by_one, six_views
 
 import cifar10
 import evaluate
@@ -102,9 +102,9 @@ def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, 
     assert re.fullmatch(r"expected calibration error \d+\.\d\d%", last)
 
 
-def test_tta_averages_probabilities_with_the_flipped_image(scores, trained, expected, test_set):
-    flipped = one_by_one(evaluate.load_checkpoint_model(trained)[0], test_set.images.flip(2)).softmax(1)
-    assert scores("--tta") == plain_scores((expected + flipped) / 2, test_set.targets)
+def test_tta_averages_the_probabilities_of_six_views(scores, trained, test_set):
+    expected = six_views(evaluate.load_checkpoint_model(trained)[0], test_set.images)
+    assert scores("--tta") == plain_scores(expected, test_set.targets)
     assert scores("--tta") != scores()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import one_by_one
+from conftest import one_by_one, six_views
 from PIL import Image
 
 import evaluate
@@ -89,7 +89,7 @@ def test_a_folder_of_images(case, run_predict, trained, plain, test_set, folder,
     model, images = evaluate.load_checkpoint_model(trained)[0], test_set.images[:20]
     probabilities = one_by_one(model, images, normalize=case != "plain").softmax(1)
     if case == "tta":
-        probabilities = (probabilities + one_by_one(model, images.flip(2)).softmax(1)) / 2
+        probabilities = six_views(model, images)
     assert run_predict(folder, "--output", tmp_path / "labels.csv", *["--tta"] * (case == "tta"),
                        checkpoint=plain if case == "plain" else trained) == 0
     header, *rows = read_rows(tmp_path / "labels.csv")
