@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed import World, is_restart
+from distributed import World, is_restart, on_every_rank, on_main_rank
 from hardware import get_rng_state, set_rng_state
 from optim import build_optimizer, build_scheduler
 from options import saved_args
@@ -164,15 +164,39 @@ class TrainState:
 
 
 class RunFolder:
-    """The files of one run, and a lock that ends with its process."""
+    """The files of one run, and a lock that ends with its process. Only rank 0 reads and writes them."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, file: Path | None = None):
+        self.path, self.file = Path(path), file  # file: the checkpoint that --resume names, if it names one
         self.last, self.previous, self.best = (self.path / f"{name}.pt" for name in ("last", "previous", "best"))
         self.pending_best: dict[str, Any] | None = None  # content of best.pt, to be written by the next save
         self.saved_at = time.monotonic()
         self._last_is_intact = True  # otherwise the next save must not turn it into previous.pt
         self._lock = None
+
+    @on_main_rank
+    def open(self, args: Namespace) -> dict[str, Any] | None:
+        """Lock the run to continue and read its checkpoint; None starts a new run."""
+        if args.resume is None or (args.resume == "auto" and not self.holds_checkpoint()):
+            self.refuse_overwriting(args)
+            return None
+        if self.holds_checkpoint() or (self.path / ".lock").exists():  # leave no lock where there is no run
+            self.lock()
+        diverged = self.path / "diverged.txt"
+        if diverged.exists():
+            if is_restart():
+                raise RunError(f"not restarted: {diverged.read_text().strip()}")  # it would only diverge again
+            diverged.unlink()  # it must not stop a later restart for another reason
+        return self.load()
+
+    @on_main_rank
+    def create(self, args: Namespace) -> None:
+        """Lock the folder for a new run and remove the files that `--overwrite` replaces, and only those."""
+        self.lock()
+        self.refuse_overwriting(args)  # again: another run may have started while the data were read
+        for name in RUN_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        write_text(self.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
 
     def holds_checkpoint(self) -> bool:
         """Return whether there is a checkpoint to resume from."""
@@ -212,17 +236,9 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def create(self, args: Namespace) -> None:
-        """Lock the folder for a new run and remove the files that `--overwrite` replaces, and only those."""
-        self.lock()
-        self.refuse_overwriting(args)  # again: another run may have started while the data were read
-        for name in RUN_FILES:
-            (self.path / name).unlink(missing_ok=True)
-        write_text(self.path / "args.json", json.dumps(saved_args(args), indent=2) + "\n")
-
-    def load(self, file: Path | None = None) -> dict[str, Any]:
-        """Read the newest intact checkpoint: `file`, or last.pt, or if that is damaged previous.pt."""
-        paths = [file] if file is not None else [path for path in (self.last, self.previous) if path.exists()]
+    def load(self) -> dict[str, Any]:
+        """Read the newest intact checkpoint: the one named, or last.pt, or if that is damaged previous.pt."""
+        paths = [self.file] if self.file else [path for path in (self.last, self.previous) if path.exists()]
         if not paths:
             raise UserError(f"--resume: no run in {self.path}; use --resume auto to start one")
         errors = []
@@ -284,31 +300,17 @@ def format_metrics(history: list[dict[str, Any]]) -> str:
     return "".join(",".join(row) + "\n" for row in rows)
 
 
-def find_run(args: Namespace) -> tuple[RunFolder, Path | None]:
-    """Turn `--output-dir` and `--resume` into a run folder, and the file in it to resume from if one is named."""
+@on_every_rank
+def find_run(args: Namespace) -> RunFolder:
+    """Find the run folder that `--output-dir` and `--resume` name."""
     if is_restart():  # it continues what the ranks before it have saved, and with --overwrite must not remove it
         args.resume = args.resume or "auto"
     if args.resume in (None, "auto", "last"):
-        return RunFolder(args.output_dir), None
+        return RunFolder(args.output_dir)
     path = Path(args.resume)
     if path.is_dir():
-        return RunFolder(path), None
+        return RunFolder(path)
     if not path.exists() or path.name not in ("last.pt", "previous.pt"):
         raise UserError(f"--resume {path}: not a run folder, nor last.pt or previous.pt in one; to start from the "
                         "weights of another file use --init-from")
-    return RunFolder(path.parent), path
-
-
-def open_run(folder: RunFolder, file: Path | None, args: Namespace) -> dict[str, Any] | None:
-    """Lock the run to continue and read its checkpoint; None starts a new run. Rank 0 calls it."""
-    if args.resume is None or (args.resume == "auto" and not folder.holds_checkpoint()):
-        folder.refuse_overwriting(args)
-        return None
-    if folder.holds_checkpoint() or (folder.path / ".lock").exists():  # leave no lock where there is no run
-        folder.lock()
-    diverged = folder.path / "diverged.txt"
-    if diverged.exists():
-        if is_restart():
-            raise RunError(f"not restarted: {diverged.read_text().strip()}")  # it would only diverge again
-        diverged.unlink()  # it must not stop a later restart for another reason
-    return folder.load(file)
+    return RunFolder(path.parent, path)

@@ -1,6 +1,7 @@
 """Ranks and collectives of a run that torchrun, srun or mpirun started as several processes."""
 
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -90,6 +91,24 @@ class World(NamedTuple):
                 dist.broadcast_object_list(result, src=0)
             result = result[0]
         return result
+
+
+def on_every_rank(function: Callable) -> Callable:
+    """Decorate a function that all ranks call together: an error on one of them ends all, see `World.run`."""
+    return _agreed(function, only_main=False)
+
+
+def on_main_rank(function: Callable) -> Callable:
+    """Decorate a function that all ranks call together, and only rank 0 executes: all get its result."""
+    return _agreed(function, only_main=True)
+
+
+def _agreed(function: Callable, only_main: bool) -> Callable:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        world = World(dist.get_rank(), size=dist.get_world_size()) if dist.is_initialized() else World()
+        return world.run(lambda: function(*args, **kwargs), only_main)
+    return call
 
 
 def start() -> World:

@@ -28,8 +28,8 @@ import hardware
 import models
 import options
 import plots
-from checkpoint import COLUMNS, RunFolder, TrainState, all_finite, find_run, load_checkpoint, load_weights, open_run
-from distributed import World
+from checkpoint import COLUMNS, RunFolder, TrainState, all_finite, find_run, load_checkpoint, load_weights
+from distributed import World, on_every_rank, on_main_rank
 from optim import schedule_lrs, update_ema
 from utils import RunError, Signals, print_line, warn, write_text
 
@@ -45,7 +45,7 @@ class Run:
     folder: RunFolder
     loader: data.Loader
     eval_split: data.Split  # evaluated every epoch; its accuracy selects best.pt
-    eval_name: str  # "val" or "test"
+    test_split: data.Split
     forward: Callable[..., tuple[Tensor, Tensor]]
     compiled_forward: Callable[..., tuple[Tensor, Tensor]] | None = None  # for full batches
     environment: dict[str, Any] | None = None  # what exact continuation depends on
@@ -58,9 +58,14 @@ class Run:
         return self.device.type == "cpu"
 
     @property
+    def eval_name(self) -> str:
+        """The prefix of the evaluated images' columns in metrics.csv."""
+        return "val" if self.args.val_size else "test"
+
+    @property
     def selected_on(self) -> str:
         """The images that select the best epoch, in words."""
-        return "validation" if self.eval_name == "val" else "test"
+        return "validation" if self.args.val_size else "test"
 
     def predict_logits(self, state: TrainState, split: data.Split) -> Tensor:
         """Return the logits (N, 10) of a split, computed by all ranks together."""
@@ -82,32 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: Namespace, given: dict[str, Any]) -> int:
     """Train a new run, or resume one, to its end or to a signal; return the exit status."""
-    world = distributed.start()
-    folder, file = find_run(args)
+    world, folder = distributed.start(), find_run(args)
     with contextlib.closing(folder):
-        checkpoint = world.run(lambda: open_run(folder, file, args), only_main=True)
-        weights = None
-        if checkpoint is not None:
-            args = world.run(lambda: options.merge_resumed(args, given, checkpoint["args"]))
-            hardware.restore_threads(checkpoint["environment"]["threads"])
-        elif args.init_from:
-            source = world.run(lambda: load_checkpoint(args.init_from), only_main=True)
-            args = world.run(lambda: options.merge_model(args, given, source["args"]))
-            weights = source.get("ema") or source["model"]
-
-        device = world.run(lambda: hardware.select_device(args.device, world.local_rank))
-        precision = hardware.select_precision(args.precision, device)
-        hardware.set_up_backend(device, args.deterministic)
-        torch.manual_seed(args.seed)
-        model = world.run(lambda: options.build_model(args)).to(device, memory_format=torch.channels_last)
-        if weights is not None:
-            world.run(lambda: load_weights(model, weights, args.init_from))
-
+        checkpoint = folder.open(args)  # None for a new run
+        source = read_source(args) if args.init_from and checkpoint is None else None
+        args = settle_args(args, given, checkpoint, source)
+        device, precision = select_hardware(args, world)
+        model = build_model(args, source).to(device, memory_format=torch.channels_last)
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
         state = TrainState(args, model, len(loader), precision)
-        run = Run(args, world, device, precision, folder, loader, (val_split or test_split).to(device),
-                  "val" if val_split else "test", build_forward(args, model, device, precision))
+        run = Run(args, world, device, precision, folder, loader, (val_split or test_split).to(device), test_split,
+                  build_forward(args, model, device, precision))
         if hardware.should_compile(args.compile, device):
             compile_forward(run, state)
         run.environment = hardware.environment(device, precision, run.compiled_forward is not None, world.size)
@@ -115,7 +106,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         if checkpoint is not None:
             resume(run, state, checkpoint)
         else:
-            world.run(lambda: folder.create(args), only_main=True)
+            folder.create(args)
             save(run, state)
 
         if world.is_main:
@@ -128,8 +119,43 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
             save(run, state, must_succeed=True)
             if status := world.max([signals.stop or 0])[0]:  # it came during the last evaluation
                 return print_stopped(run, state, status)
-            finish_run(run, state, test_split)
+            finish_run(run, state)
     return 0
+
+
+@on_main_rank
+def read_source(args: Namespace) -> dict[str, Any]:
+    """Read the checkpoint that `--init-from` names."""
+    return load_checkpoint(args.init_from)
+
+
+@on_every_rank
+def settle_args(args: Namespace, given: dict[str, Any], checkpoint: dict[str, Any] | None,
+                source: dict[str, Any] | None) -> Namespace:
+    """Return the settings of the run: what is resumed or started from decides some of them."""
+    if checkpoint is not None:
+        hardware.restore_threads(checkpoint["environment"]["threads"])
+        return options.merge_resumed(args, given, checkpoint["args"])
+    return options.merge_model(args, given, source["args"]) if source else args
+
+
+@on_every_rank
+def select_hardware(args: Namespace, world: World) -> tuple[torch.device, str]:
+    """Select the device, the precision and the algorithms."""
+    device = hardware.select_device(args.device, world.local_rank)
+    precision = hardware.select_precision(args.precision, device)
+    hardware.set_up_backend(device, args.deterministic)
+    return device, precision
+
+
+@on_every_rank
+def build_model(args: Namespace, source: dict[str, Any] | None) -> nn.Module:
+    """Build the network, with the weights of `--init-from` or random ones."""
+    torch.manual_seed(args.seed)
+    model = options.build_model(args)
+    if source is not None:
+        load_weights(model, source.get("ema") or source["model"], args.init_from)
+    return model
 
 
 def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:
@@ -246,16 +272,14 @@ def train_metrics(run: Run, state: TrainState, count: int) -> tuple[float, float
     return loss, 100 * correct
 
 
+@on_main_rank
 def raise_diverged(run: Run, state: TrainState, what: str) -> None:
-    """End a run that has diverged, without saving it; every rank calls it, rank 0 prints."""
+    """End a run that has diverged, without saving it."""
     message = (f"{what} is not finite in epoch {state.epoch + 1}, step {state.step}, at lr {state.lr:.4g}; try a "
                f"smaller --lr, or --precision fp32 (the last checkpoint is {run.folder.last})")
-
-    def fail() -> None:
-        with contextlib.suppress(OSError):  # a restart by torchrun reads it
-            write_text(run.folder.path / "diverged.txt", message + "\n")
-        raise RunError(message)
-    run.world.run(fail, only_main=True)
+    with contextlib.suppress(OSError):  # a restart by torchrun reads it
+        write_text(run.folder.path / "diverged.txt", message + "\n")
+    raise RunError(message)
 
 
 def finish_epoch(run: Run, state: TrainState) -> None:
@@ -293,23 +317,26 @@ def save(run: Run, state: TrainState, must_succeed: bool = False) -> None:
     """Write the run folder; every rank calls it. A failure is a warning, since the next save may succeed."""
     if run.world.max([int(not all_finite([*state.model.state_dict().values(), state.totals]))])[0]:
         raise_diverged(run, state, "a weight")
-    content = state.state_dict(run.world) | {"args": options.saved_args(run.args), "classes": run.eval_split.classes,
-                                             "environment": run.environment}
+    write(run, state, state.state_dict(run.world) | {
+        "args": options.saved_args(run.args), "classes": run.eval_split.classes, "environment": run.environment},
+          must_succeed)
 
-    def write() -> None:
-        try:
-            run.folder.save(content)
-            draw_curves(run, state)
-            run.warned = ""
-        except Exception as error:  # OSError, and whatever a missing or broken matplotlib raises
-            message = (f"cannot save to {getattr(error, 'filename', None) or run.folder.path} "
-                       f"({getattr(error, 'strerror', None) or error})")
-            if must_succeed:
-                raise RunError(f"{message}; the files saved before are intact") from error
-            if message != run.warned:
-                warn(f"{message}; training continues, the next save tries again")
-            run.warned = message
-    run.world.run(write, only_main=True)
+
+@on_main_rank
+def write(run: Run, state: TrainState, content: dict[str, Any], must_succeed: bool) -> None:
+    """Write a checkpoint and what belongs to it."""
+    try:
+        run.folder.save(content)
+        draw_curves(run, state)
+        run.warned = ""
+    except Exception as error:  # OSError, and whatever a missing or broken matplotlib raises
+        message = (f"cannot save to {getattr(error, 'filename', None) or run.folder.path} "
+                   f"({getattr(error, 'strerror', None) or error})")
+        if must_succeed:
+            raise RunError(f"{message}; the files saved before are intact") from error
+        if message != run.warned:
+            warn(f"{message}; training continues, the next save tries again")
+        run.warned = message
 
 
 def draw_curves(run: Run, state: TrainState) -> None:
@@ -324,9 +351,10 @@ def draw_curves(run: Run, state: TrainState) -> None:
     run.logits = None
 
 
+@on_every_rank
 def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
     """Continue from a checkpoint; warn where the continuation cannot be bitwise identical."""
-    run.world.run(lambda: state.load_state_dict(checkpoint, run.world, run.folder.path))
+    state.load_state_dict(checkpoint, run.world, run.folder.path)
     before, now = checkpoint["environment"], run.environment
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if state.epoch == run.args.epochs:  # results.json describes the training
@@ -363,9 +391,15 @@ def print_stopped(run: Run, state: TrainState, status: int) -> int:
     return status
 
 
-def finish_run(run: Run, state: TrainState, test_split: data.Split) -> None:
+@on_main_rank
+def read_best(run: Run) -> dict[str, Any]:
+    """Read best.pt."""
+    return load_checkpoint(run.folder.best)
+
+
+def finish_run(run: Run, state: TrainState) -> None:
     """Evaluate a last time, write results.json and the pictures, and print the outcome."""
-    best = run.world.run(lambda: load_checkpoint(run.folder.best), only_main=True)
+    best, test_split = read_best(run), run.test_split
     last_accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
     if run.eval_name == "val":
         load_weights(state.eval_model, best["model"], run.folder.best)

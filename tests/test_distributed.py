@@ -73,7 +73,7 @@ def train_in_double(rank: int, folder: Path, port: str) -> None:
         args, _ = options.parse_args([*FLAGS, *flags])
         model, loader = InDouble(args), data.DeviceLoader(make_split(count), args, CPU, world)
         state = TrainState(args, model, len(loader), "fp32")
-        run = train.Run(args, world, CPU, "fp32", RunFolder(folder), loader, make_split(22), "test",
+        run = train.Run(args, world, CPU, "fp32", RunFolder(folder), loader, make_split(22), make_split(22),
                         train.build_forward(args, model, CPU, "fp32"))
         for _ in range(EPOCHS):
             train.train_one_epoch(run, state, Signals())
@@ -83,7 +83,7 @@ def train_in_double(rank: int, folder: Path, port: str) -> None:
     distributed.stop()
     os.environ["MASTER_PORT"] = own_port
     if rank:  # in the run that follows
-        train.open_run = RunFolder.create = RunFolder.save = refuse
+        RunFolder.lock = RunFolder.load = RunFolder.save = refuse
 
 
 def refuse(*_) -> None:
@@ -274,13 +274,14 @@ def test_an_error_on_one_rank_ends_all_with_one_line(flags, tmp_path, break_file
 @pytest.mark.parametrize(("mistake", "line"), [
     (["--lr", "x"], "argument --lr: invalid float value: 'x'"),
     (["--max-params", "9"], r"the network has .* above --max-params \(9\)"),
+    (["--resume", "nowhere"], "--resume nowhere: not a run folder"),
     (["--batch-size", "34"], r"--batch-size \(34\) must be at most 33"),
     (["--epochs", "1", "--lr", "0.5", "--resume", "auto"], "--lr 0.5 differs from the checkpoint's 0.02"),
 ])
 def test_a_mistake_that_every_rank_finds_is_one_line(flags, tmp_path, mistake, line):
     places = ["--data-dir", tmp_path, "--output-dir", tmp_path / "run"]
     write_data(tmp_path, 33)
-    if "--resume" in mistake:
+    if "auto" in mistake:
         assert train.main([*map(str, [*flags, *places]), "--epochs", "1"]) == 0
     found, outputs = run_ranks([*flags, *places, *mistake], tmp_path, print)
     assert found == [2, 2], outputs

@@ -64,8 +64,9 @@ def build(flags: Sequence[str], train_images: int, test_images: int, folder: Pat
     model = options.build_model(args).to(device, memory_format=torch.channels_last)
     loader = data.build_loader(random_split(train_images), args, device, World())
     state = TrainState(args, model, len(loader), precision)
-    run = Run(args, World(), device, precision, RunFolder(folder), loader, random_split(test_images).to(device),
-              "test", train.build_forward(args, model, device, precision))
+    split = random_split(test_images).to(device)
+    run = Run(args, World(), device, precision, RunFolder(folder), loader, split, split,
+              train.build_forward(args, model, device, precision))
     if hardware.should_compile(args.compile, device):
         train.compile_forward(run, state)
         if run.compiled_forward is None:
