@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional as transforms
 
 import augment
 import cifar10
@@ -230,9 +229,13 @@ class ImageDataset(Dataset):
     """Transform single images with torchvision, with random parameters handed in."""
 
     def __init__(self, images: Tensor, targets: Tensor, args: Namespace):
+        import torchvision.transforms.functional  # noqa: F401, takes a second; here, so that forked workers need not
+
         self.images, self.targets, self.args = images, targets, args
 
     def __getitem__(self, params: tuple) -> tuple[Tensor, Tensor]:
+        from torchvision.transforms import functional as transforms
+
         index, top, left, flip, operation, strength = params
         image = transforms.to_pil_image(self.images[index].numpy())
         if self.args.augment:

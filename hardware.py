@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -11,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._inductor.config
-import torchvision
 
 from utils import UserError, warn
 
@@ -70,7 +69,9 @@ def set_up_backend(device: torch.device, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
     torch.use_deterministic_algorithms(deterministic)
-    torch._inductor.config.deterministic = deterministic  # otherwise autotuning changes the order of sums
+    if deterministic or device.type == "cuda":  # the import takes seconds
+        from torch._inductor import config
+        config.deterministic = deterministic  # otherwise autotuning changes the order of sums
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     elif device.type == "cpu":
@@ -105,8 +106,8 @@ def environment(device: torch.device, precision: str, compiled: bool, ranks: int
 
 def versions() -> dict[str, str]:
     """Return the versions that results.json records."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__}
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "torchvision": importlib.metadata.version("torchvision")}
 
 
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
