@@ -9,17 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# Each with its default learning rate.
-OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, 0.1),
-    "adam": (torch.optim.Adam, 1e-3),
-    "adamw": (torch.optim.AdamW, 1e-3),
-    "rmsprop": (torch.optim.RMSprop, 1e-4),  # with momentum 0.9 a step is ten times as long
-    "adagrad": (torch.optim.Adagrad, 1e-2),
-    "adadelta": (torch.optim.Adadelta, 1.0),
-}
-USES_MOMENTUM = ("sgd", "rmsprop")
-SCHEDULERS = ("cosine", "onecycle", "constant")
+from options import OPTIMIZERS, USES_MOMENTUM
 
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, momentum: float, nesterov: bool,
@@ -33,7 +23,7 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, mo
         settings["nesterov"] = nesterov
     if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; torch selects foreach for the others
         settings["fused"] = parameters[0].device.type in ("cuda", "cpu")
-    optimizer = OPTIMIZERS[name][0](parameters, **settings)
+    optimizer = getattr(torch.optim, OPTIMIZERS[name][0])(parameters, **settings)
     if name == "sgd" and momentum:  # torch's fused form leaves them unset if fp16 overflows in the first step
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

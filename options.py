@@ -1,4 +1,7 @@
-"""The flags: groups that the programs share, defaults, and which flags exclude each other."""
+"""The flags: groups that the programs share, defaults, and which flags exclude each other.
+
+Imports no torch, which takes seconds, so that a program answers `--help` or a mistake at once.
+"""
 
 import argparse
 import os
@@ -10,13 +13,20 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import models
-from hardware import PRECISIONS
-from optim import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM
-from utils import UserError
+from utils import UserError, one_line
 
-# What `--resume` takes from the new command line: where and how the run continues, none of which changes its result
-# but for the last bits.
+# Each with its class in torch.optim and its default learning rate.
+OPTIMIZERS = {
+    "sgd": ("SGD", 0.1),
+    "adam": ("Adam", 1e-3),
+    "adamw": ("AdamW", 1e-3),
+    "rmsprop": ("RMSprop", 1e-4),  # with momentum 0.9 a step is ten times as long
+    "adagrad": ("Adagrad", 1e-2),
+    "adadelta": ("Adadelta", 1.0),
+}
+USES_MOMENTUM = ("sgd", "rmsprop")
+SCHEDULERS = ("cosine", "onecycle", "constant")
+# What `--resume` takes from the new command line: it changes at most the last bits of the result.
 FREE_ON_RESUME = {"data_dir", "device", "precision", "workers", "compile", "deterministic", "output_dir",
                   "save_minutes", "log_interval", "max_params", "resume"}
 MODEL_FLAGS = ("num_blocks", "channels", "kernel_sizes", "shortcut_kernel_sizes", "dropout", "block", "se",
@@ -47,6 +57,8 @@ class Parser(argparse.ArgumentParser):
             self.defaults[dest] = default
             if isinstance(default, bool):
                 kwargs["action"] = argparse.BooleanOptionalAction
+            elif "action" not in kwargs:
+                kwargs.setdefault("metavar", "NAME" if isinstance(default, str) else "N")
             shown = "" if default is None else f" (default: {typed(default)})"
             group.add_argument(name, help=text + shown, **kwargs)
         return flag
@@ -56,25 +68,22 @@ class Parser(argparse.ArgumentParser):
         given = vars(self.parse_args(self.expand(sys.argv[1:] if argv is None else argv)))
         return Namespace(**{**self.defaults, **given}), given
 
-    def expand(self, argv: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
-        """Replace each `@FILE` by the flags in it; nested names are relative to the file that holds them."""
+    def expand(self, argv: Sequence[str], folder: Path = Path()) -> list[str]:
+        """Replace each `@FILE`, relative to `folder` or to the program, by the flags in it, and each `~`."""
         found = []
         for word in argv:
             if not word.startswith("@"):
-                found.append(word)
+                flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+                found.append(flag + equals + os.path.expanduser(value))
                 continue
-            path = folder / word[1:]
+            name, own = os.path.expanduser(word[1:]), Path(__file__).parent
+            path = own / name if os.path.exists(own / name) and not os.path.exists(folder / name) else folder / name
             try:
-                if depth == 10:
-                    raise ValueError("argument files include each other")
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-                words = [word for line in lines for word in shlex.split(line, comments=True)]
-            except OSError as error:
-                self.error(f"{word}: cannot read the argument file {path} ({error.strerror}); the recipes are "
-                           "@recipes/paper.txt and the other files there")
-            except ValueError as error:
-                self.error(f"{word}: {path} is not an argument file ({error})")
-            found += self.expand(words, path.parent, depth + 1)
+                words = shlex.split(path.read_text(encoding="utf-8-sig"), comments=True)
+                found += self.expand(words, path.parent)
+            except (OSError, ValueError) as error:
+                self.error(f"{word} is not an argument file ({path}: {getattr(error, 'strerror', None) or error}); the "
+                           "recipes are @recipes/paper.txt and the other files there")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -82,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized"):
             message += f"; see {self.prog} --help"
         first = os.environ.get("RANK", "0") == "0"  # torchrun starts every rank with the same mistake
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n" if first else None)
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if first else None)
 
 
 def at_least(minimum: float, kind: type = int, below: float = float("inf")) -> Callable[[str], float]:
@@ -97,11 +106,7 @@ def at_least(minimum: float, kind: type = int, below: float = float("inf")) -> C
     return convert
 
 
-fraction = at_least(0, float, below=1)
-positive = at_least(1)
-
-
-# --- groups ----------------------------------------------------------------------------------------------------------
+number, fraction, positive = at_least(0, float), at_least(0, float, below=1), at_least(1)
 
 
 def add_data_flags(parser: Parser, only: Collection[str] | None = None) -> None:
@@ -110,21 +115,19 @@ def add_data_flags(parser: Parser, only: Collection[str] | None = None) -> None:
     flag("--data-dir", "data", "folder that holds cifar-10-batches-py, or that folder itself; CIFAR-10 is downloaded "
          "to it if it is not there", metavar="DIR")
     flag("--synthetic", False, "use generated images instead of CIFAR-10, without a download")
-    flag("--val-size", 0, "training images held out to select best.pt; 0 selects it on the test set",
-         type=at_least(0), metavar="N")
-    flag("--limit-train", None, "use the first N training images, validation images included (default: all)",
-         type=positive, metavar="N")
-    flag("--limit-test", None, "use the first N test images (default: all)", type=positive, metavar="N")
+    flag("--val-size", 0, "training images held out to select best.pt; 0 selects it on the test set", type=at_least(0))
+    flag("--limit-train", None, "use the first N training images, validation included (default: all)", type=positive)
+    flag("--limit-test", None, "use the first N test images (default: all)", type=positive)
 
 
 def add_hardware_flags(parser: Parser, only: Collection[str] | None = None) -> None:
     """Add the flags that select the hardware and how it is used."""
     flag = parser.group("hardware", only)
-    flag("--device", "auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"), metavar="NAME")
+    flag("--device", "auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
     flag("--precision", "auto", "auto, fp32, bf16 or fp16; auto is bf16 where the hardware computes it natively",
-         choices=("auto", *PRECISIONS), metavar="P")
+         choices=("auto", "fp32", "bf16", "fp16"))
     flag("--workers", 0, "0: the data set lives on the device and batches are made there; N: torchvision transforms "
-         "in N worker processes, like the published code", type=at_least(0), metavar="N")
+         "in N worker processes, like the published code", type=at_least(0))
     flag("--compile", None, "torch.compile (default: on for CUDA)", action=argparse.BooleanOptionalAction)
     flag("--deterministic", False, "deterministic algorithms on CUDA (slower); CPU runs are always deterministic")
 
@@ -141,34 +144,28 @@ def build_parser() -> Parser:
          "run folder, or last.pt or previous.pt in one", nargs="?", const="last", metavar="auto|PATH")
     flag("--init-from", None, "start a new run from the weights of this checkpoint", metavar="FILE")
     flag("--overwrite", False, "replace an existing run in --output-dir")
-    flag("--save-minutes", 1.0, "minutes between checkpoints; 0 saves after every step", type=at_least(0, float),
-         metavar="M")
-    flag("--log-interval", 50, "steps between updates of loss and accuracy", type=positive, metavar="N")
+    flag("--save-minutes", 1.0, "minutes between checkpoints; 0 saves after every step", type=number)
+    flag("--log-interval", 50, "steps between updates of loss and accuracy", type=positive)
     flag("--summary", False, "print the torchsummary table and exit")
     add_data_flags(parser)
     flag = parser.group("model")
-    flag("--num-blocks", [4, 4, 3], "residual blocks of each stage", type=int, nargs="+", metavar="N")
-    flag("--channels", 64, "channels of the first stage, doubled in each further one", type=int, metavar="N")
-    flag("--kernel-sizes", [3], "kernel size of the blocks, one for all stages or one each", type=int, nargs="+",
-         metavar="K")
-    flag("--shortcut-kernel-sizes", [1], "kernel size of the shortcuts, one for all stages or one each",
-         type=int, nargs="+", metavar="K")
-    flag("--dropout", 0.0, "dropout probability after each block and before the linear layer", type=float, metavar="P")
-    flag("--block", "basic", "basic, or preact (arXiv 1603.05027)", choices=tuple(models.BLOCKS), metavar="KIND")
-    flag("--se", "stem", "where to place squeeze-and-excitation: stem, block (every residual block) or none",
-         choices=models.SE_PLACES, metavar="PLACE")
-    flag("--se-reduction", 16, "reduction ratio of squeeze-and-excitation", type=int, metavar="N")
-    flag("--max-params", 5_000_000, "refuse a network with more parameters; 0 is no limit", type=at_least(0),
-         metavar="N")
+    flag("--num-blocks", [4, 4, 3], "residual blocks of each stage", type=int, nargs="+")
+    flag("--channels", 64, "channels of the first stage, doubled in each further one", type=int)
+    flag("--kernel-sizes", [3], "kernel size of the blocks, one for all stages or one each", type=int, nargs="+")
+    flag("--shortcut-kernel-sizes", [1], "kernel size of the shortcuts, likewise", type=int, nargs="+")
+    flag("--dropout", 0.0, "dropout probability after each block and before the linear layer", type=float)
+    flag("--block", "basic", "basic, or preact (arXiv 1603.05027)")
+    flag("--se", "stem", "where to place squeeze-and-excitation: stem, block (every residual block) or none")
+    flag("--se-reduction", 16, "reduction ratio of squeeze-and-excitation, at most --channels", type=int)
+    flag("--max-params", 5_000_000, "refuse a network with more parameters; 0 is no limit", type=at_least(0))
     add_optimization_flags(parser)
     flag = parser.group("augmentation")
     flag("--augment", True, "random crop with reflect padding, and random horizontal flip")
     flag("--normalize", True, "subtract the published mean and divide by the published std")
     flag("--trivial-augment", False, "also apply one random operation to each image, TrivialAugment (arXiv 2103.10158)")
-    flag("--mixup", 0.0, "MixUp: blend pairs of images with weights from Beta(A, A); 0 is off", type=at_least(0, float),
-         metavar="A")
-    flag("--cutmix", 0.0, "CutMix: paste boxes between pairs of images, with areas from Beta(A, A); 0 is off; "
-         "with --mixup, each batch uses one of the two", type=at_least(0, float), metavar="A")
+    flag("--mixup", 0.0, "MixUp: blend pairs of images with weights from Beta(N, N); 0 is off", type=number)
+    flag("--cutmix", 0.0, "CutMix: paste boxes between pairs of images, with areas from Beta(N, N); 0 is off; "
+         "with --mixup, each batch uses one of the two", type=number)
     add_hardware_flags(parser)
     return parser
 
@@ -176,64 +173,57 @@ def build_parser() -> Parser:
 def add_optimization_flags(parser: Parser) -> None:
     """Add the flags of optimizer, schedule and loss."""
     flag = parser.group("optimization")
-    flag("--epochs", 200, "passes over the training set", type=positive, metavar="N")
-    flag("--batch-size", 128, "images per step, summed over all ranks", type=positive, metavar="N")
-    flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS), metavar="NAME")
+    flag("--epochs", 200, "passes over the training set", type=positive)
+    flag("--batch-size", 128, "images per step, summed over all ranks", type=positive)
+    flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS))
     flag("--lr", None, "highest learning rate (default: "
-         + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=at_least(0, float),
-         metavar="LR")
-    flag("--momentum", 0.9, "momentum of sgd and rmsprop", type=at_least(0, float), metavar="M")
+         + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=number)
+    flag("--momentum", 0.9, "momentum of sgd and rmsprop", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")
-    flag("--weight-decay", 5e-4, "weight decay of all parameters", type=at_least(0, float), metavar="W")
-    flag("--scheduler", "cosine", "cosine, onecycle (also cycles the momentum) or constant", choices=SCHEDULERS,
-         metavar="NAME")
-    flag("--warmup-epochs", 0.0, "epochs of linear warm-up before the schedule", type=at_least(0, float), metavar="N")
-    flag("--grad-clip", 0.1, "clip gradients to this absolute value; 0 is off", type=at_least(0, float), metavar="V")
-    flag("--label-smoothing", 0.0, "fraction of the target spread over all classes", type=fraction, metavar="P")
-    flag("--ema", 0.0, "evaluate and save a moving average of the weights with this decay; 0 is off", type=fraction,
-         metavar="DECAY")
-    flag("--seed", 0, "seed of the initial weights and of all random parameters",  # ranks add to it, torch takes 2^64
-         type=at_least(0, below=2**62), metavar="N")
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
+    flag("--weight-decay", 5e-4, "weight decay of all parameters", type=number)
+    flag("--scheduler", "cosine", "cosine, onecycle (also cycles the momentum) or constant", choices=SCHEDULERS)
+    flag("--warmup-epochs", 0.0, "epochs of linear warm-up before the schedule", type=number)
+    flag("--grad-clip", 0.1, "clip gradients to this absolute value; 0 is off", type=number)
+    flag("--label-smoothing", 0.0, "fraction of the target spread over all classes", type=fraction)
+    flag("--ema", 0.0, "evaluate and save a moving average of the weights with this decay; 0 is off", type=fraction)
+    flag("--seed", 0, "seed of the initial weights and of all random parameters", type=at_least(0, below=2**62))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, Any]]:
     """Parse and check the command line of train.py; return all settings, and those that were given."""
     parser = build_parser()
     args, given = parser.parse(argv)
-    try:
-        if args.resume is not None:
-            for name in ("overwrite", "init_from"):
-                if given.get(name):
-                    raise UserError(f"--resume continues a run; leave out {flag_of(name)}")
-        if args.resume in (None, "auto"):  # otherwise the settings come from the checkpoint
-            check_training(args, given)
-    except UserError as error:
-        parser.error(str(error))
+    for name in ("overwrite", "init_from"):
+        if args.resume is not None and given.get(name):
+            parser.error(f"--resume continues a run; leave out {flag_of(name)}")
+    if args.resume in (None, "auto"):  # otherwise the settings come from the checkpoint
+        check_training(args, given, parser.error)
     return args, given
 
 
-def check_training(args: Namespace, given: dict[str, Any]) -> None:
-    """Refuse settings that exclude each other; set the learning rate that depends on the optimizer."""
+def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
+    """Refuse settings that exclude each other; set the defaults that depend on another setting."""
     if args.lr is None:
         args.lr = OPTIMIZERS[args.optimizer][1]
+    if "se_reduction" not in given:
+        args.se_reduction = min(args.se_reduction, args.channels)
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
-        raise UserError("--nesterov needs --optimizer sgd with a --momentum above 0")
+        refuse("--nesterov needs --optimizer sgd with a --momentum above 0")
     if "momentum" in given and args.optimizer not in USES_MOMENTUM:
-        raise UserError(f"--momentum is for {' and '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
+        refuse(f"--momentum is for {' and '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
     if "momentum" in given and args.scheduler == "onecycle":
-        raise UserError("--scheduler onecycle cycles the momentum between 0.85 and 0.95; leave out --momentum")
+        refuse("--scheduler onecycle cycles the momentum between 0.85 and 0.95; leave out --momentum")
     if args.warmup_epochs and args.scheduler == "onecycle":
-        raise UserError("--scheduler onecycle has its own warm-up; leave out --warmup-epochs")
+        refuse("--scheduler onecycle has its own warm-up; leave out --warmup-epochs")
     if args.warmup_epochs >= args.epochs:
-        raise UserError(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
-                        f"--warmup-epochs {args.epochs / 10:g}")
+        refuse(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
+               f"--warmup-epochs {args.epochs / 10:g}")
 
 
-def build_model(args: Namespace) -> models.SEResNet:
+def build_model(args: Namespace):
     """Build the network of the model flags."""
+    import models  # and torch
+
     try:
         return models.build_model(**model_args(vars(args)), max_params=args.max_params)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's integers
@@ -244,14 +234,6 @@ def build_model(args: Namespace) -> models.SEResNet:
 def model_args(values: dict[str, Any]) -> dict[str, Any]:
     """Select the arguments of `models.SEResNet` from settings."""
     return {name: values[name] for name in MODEL_FLAGS if name in values}
-
-
-def refuse_changes(given: dict[str, Any], saved: dict[str, Any], names: Collection[str], way_out: str) -> None:
-    """Refuse the first given flag whose value differs from the checkpoint's."""
-    for name, value in given.items():
-        if name in names and name in saved and value != saved[name]:
-            raise UserError(f"{flag_of(name)} {typed(value)} differs from the checkpoint's "
-                            f"{typed(saved[name])}; {way_out}")
 
 
 def flag_of(name: str) -> str:
@@ -266,18 +248,16 @@ def typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value).removesuffix(".0")
 
 
-def merge_resumed(args: Namespace, given: dict[str, Any], saved: dict[str, Any]) -> Namespace:
-    """Take the settings of a resumed run from its checkpoint, and where and how it runs from the command line."""
-    refuse_changes(given, saved, vars(args).keys() - FREE_ON_RESUME,
-                   "leave it out; for other settings or longer training start a new run with --init-from")
-    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
-    return Namespace(**{**vars(args), **saved, **free, "resume": args.resume})
-
-
-def merge_model(args: Namespace, given: dict[str, Any], saved: dict[str, Any]) -> Namespace:
-    """Take the network of `--init-from` from its checkpoint."""
-    refuse_changes(given, saved, MODEL_FLAGS, "leave it out; --init-from takes the network from the checkpoint")
-    return Namespace(**{**vars(args), **model_args(saved)})
+def merge_saved(args: Namespace, given: dict[str, Any], saved: dict[str, Any], resumes: bool) -> Namespace:
+    """Take the settings of a resumed run from its checkpoint, or the network of `--init-from`; refuse others."""
+    fixed = [name for name in saved if (name not in FREE_ON_RESUME if resumes else name in MODEL_FLAGS)]
+    for name, value in given.items():
+        if name in fixed and value != saved[name]:
+            raise UserError(f"{flag_of(name)} {typed(value)} differs from the checkpoint's {typed(saved[name])}; leave "
+                            "it out" + ("; for other settings or longer training start a new run with --init-from"
+                                        if resumes else ", --init-from takes the network from the checkpoint"))
+    taken = [name for name in saved if name in fixed or resumes and name not in given]
+    return Namespace(**{**vars(args), **{name: saved[name] for name in taken}})
 
 
 def saved_args(args: Namespace) -> dict[str, Any]:

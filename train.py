@@ -1,9 +1,11 @@
 """Train the SE-ResNet on CIFAR-10 (`train.py --help`): main, train, train_one_epoch, train_step, then helpers."""
 
+import options
 from utils import exit_on_signals, program
 
-if __name__ == "__main__":
-    exit_on_signals()  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    exit_on_signals()
+    options.parse_args()  # answers --help and mistakes
 
 import contextlib
 import json
@@ -26,7 +28,6 @@ import distributed
 import evaluate
 import hardware
 import models
-import options
 import plots
 from checkpoint import COLUMNS, RunFolder, TrainState, all_finite, find_run, load_checkpoint, load_weights
 from distributed import World, on_every_rank, on_main_rank
@@ -135,8 +136,8 @@ def settle_args(args: Namespace, given: dict[str, Any], checkpoint: dict[str, An
     """Return the settings of the run: what is resumed or started from decides some of them."""
     if checkpoint is not None:
         hardware.restore_threads(checkpoint["environment"]["threads"])
-        return options.merge_resumed(args, given, checkpoint["args"])
-    return options.merge_model(args, given, source["args"]) if source else args
+        return options.merge_saved(args, given, checkpoint["args"], resumes=True)
+    return options.merge_saved(args, given, source["args"], resumes=False) if source else args
 
 
 @on_every_rank

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import os
+import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
     STOP_SIGNALS.append(signal.SIGHUP)
+EXIT_STATUS = dict.fromkeys(STOP_SIGNALS, 143) | {signal.SIGINT: 130}
 
 
 class UserError(ValueError):
@@ -40,9 +43,34 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def one_line(text: str) -> str:
+    """Join the lines of a message, without control characters, which a library's message or a file's name may hold."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m|[\x00-\x1f\x7f-\x9f]", " ", text).split())
+
+
 def warn(text: str) -> None:
     """Print a warning of one line to stderr."""
-    print_line(f"warning: {' '.join(text.split())}", sys.stderr)
+    print_line(f"warning: {one_line(text)}", sys.stderr)
+
+
+def reason(error: Exception) -> str:
+    """Return the message of an error: of a failed file operation without the errno, of a full GPU without details."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).split(". Tried to")[0]
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count and its noun: `1 epoch`, `2 epochs`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time as `40 s`, `12 min` or `3 h 12 min`."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def program(name: str) -> Callable:
@@ -58,18 +86,10 @@ def program(name: str) -> Callable:
                 print_line("interrupted", sys.stderr)
                 return 130
             except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
-                message = str(error).split(". Tried to")[0]
-                if isinstance(error, OSError) and error.filename:
-                    message = f"{error.filename}: {error.strerror}"  # without the errno
-                print_line(f"{name}: error: {' '.join(message.split())}", sys.stderr)
+                print_line(f"{name}: error: {one_line(reason(error))}", sys.stderr)
                 return 2 if isinstance(error, UserError) else 1
         return run
     return decorate
-
-
-def exit_status(number: int) -> int:
-    """Return the exit status for a signal: 130 for SIGINT, 143 for SIGTERM and SIGHUP."""
-    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
 def exit_on_signals() -> None:
@@ -77,7 +97,7 @@ def exit_on_signals() -> None:
     def leave(number: int, _: object) -> NoReturn:
         if number == signal.SIGINT:
             print_line("interrupted", sys.stderr)
-        sys.exit(exit_status(number))
+        sys.exit(EXIT_STATUS[number])
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
@@ -93,7 +113,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
     renames only the backup exists.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
@@ -138,7 +158,9 @@ class Signals:
         self._time = 0.0
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        # Python lets only the main thread handle signals; a run in another one goes without
+        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +169,7 @@ class Signals:
 
     def _note(self, number: int, _: object) -> None:
         if self.stop is None:
-            self.stop, self._time = exit_status(number), time.monotonic()
+            self.stop, self._time = EXIT_STATUS[number], time.monotonic()
             if not self.quiet:  # not by print, which the signal may have interrupted and which is not reentrant
                 text = b"\nSaving after this step, then stopping. Press Ctrl-C again to quit without saving.\n"
                 with contextlib.suppress(OSError):  # the terminal may be gone

@@ -12,7 +12,8 @@ from torch.optim import lr_scheduler
 
 import train
 from evaluate import load_checkpoint_model
-from optim import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM, build_optimizer, build_scheduler, schedule_lrs, update_ema
+from optim import build_optimizer, build_scheduler, schedule_lrs, update_ema
+from options import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM
 
 small_data, run = runs.small_data, runs.run
 

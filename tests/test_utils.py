@@ -3,10 +3,8 @@
 import errno
 import os
 import signal
-import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -93,15 +91,19 @@ def test_an_error_is_one_line_and_a_status(error, line, status, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_control_characters_are_removed_from_messages(capsys):
+    utils.warn("\x1b[1mbold\x1b[0m\nname\x07 \x9b2J")
+    assert capsys.readouterr().err == "warning: bold name 2J\n"
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    (0.2, "1 s"), (42, "42 s"), (119, "2 min"), (3599, "1 h 0 min"), (100_000, "27 h 47 min")])
+def test_durations(seconds, expected):
+    assert utils.duration(seconds) == expected
+
+
 @needs_posix
-def test_write_text_keeps_links_and_writes_to_pipes(tmp_path):
+def test_write_text_keeps_links(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     utils.write_text(tmp_path / "link", "name-\udcff\n")  # a file name that is not UTF-8
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"name-\xff\n"
-    os.mkfifo(tmp_path / "pipe")
-    found = []
-    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_text()))
-    reader.start()
-    utils.write_text(tmp_path / "pipe", "line\n")
-    reader.join()
-    assert found == ["line\n"] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
