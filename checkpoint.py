@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distributed import World, is_restart, on_every_rank, on_main_rank
 from hardware import get_rng_state, set_rng_state
-from optim import build_optimizer, build_scheduler
+from optim import averaged_tensors, build_optimizer, build_scheduler
 from options import saved_args
 from utils import RunError, UserError, warn, write_atomically, write_text
 
@@ -106,7 +106,10 @@ class TrainState:
         self.steps_per_epoch, self.device = steps_per_epoch, next(model.parameters()).device
         self.model = model
         self.ema_model = copy.deepcopy(model) if args.ema else None
-        self.optimizer = build_optimizer(args.optimizer, model.parameters(), args.lr, args.momentum, args.nesterov,
+        # walking the modules for these takes longer than using them
+        self.parameters, self.weights = list(model.parameters()), averaged_tensors(model)
+        self.ema_weights = averaged_tensors(self.ema_model) if self.ema_model else []
+        self.optimizer = build_optimizer(args.optimizer, self.parameters, args.lr, args.momentum, args.nesterov,
                                          args.weight_decay)
         self.scheduler = build_scheduler(self.optimizer, args.scheduler, steps_per_epoch, args.epochs,
                                          args.warmup_epochs)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -72,12 +72,15 @@ def schedule_lrs(name: str, lr: float, steps_per_epoch: int, epochs: int, warmup
     return lrs
 
 
-def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def averaged_tensors(model: nn.Module) -> list[Tensor]:
+    """List what the moving average covers: weights and batch norm statistics."""
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+
+
+def update_ema(averaged: list[Tensor], current: list[Tensor], decay: float, step: int) -> None:
     """Move averaged weights and batch norm statistics toward the current ones after step `step` (0, 1, ...).
 
     The decay warms up as min(decay, (1 + step) / (10 + step)), so that the random initial weights are soon forgotten
     (TensorFlow's `ExponentialMovingAverage(num_updates=step)`). AveragedModel would wait for a GPU twice a step.
     """
-    averaged, current = ([tensor for tensor in (*network.parameters(), *network.buffers())
-                          if tensor.is_floating_point()] for network in (ema_model, model))
     get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averaged, current, None)

@@ -187,16 +187,16 @@ def train_step(run: Run, state: TrainState, inputs: Tensor, targets: Tensor, *mi
     forward = run.compiled_forward if run.compiled_forward and is_full else run.forward
     forward_backward(state, forward, run.loader.batch_size(state.step), inputs, targets, *mix)
     if run.world.size > 1:
-        distributed.sum_gradients(state.model.parameters(), run.world)
+        distributed.sum_gradients(state.parameters, run.world)
     if run.args.grad_clip:
         state.scaler.unscale_(state.optimizer)
-        nn.utils.clip_grad_value_(state.model.parameters(), run.args.grad_clip)
+        nn.utils.clip_grad_value_(state.parameters, run.args.grad_clip)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.lr = state.scheduler.get_last_lr()[0]
     state.scheduler.step()
     if state.ema_model:
-        update_ema(state.ema_model, state.model, run.args.ema, state.epoch * len(run.loader) + state.step)
+        update_ema(state.ema_weights, state.weights, run.args.ema, state.epoch * len(run.loader) + state.step)
     state.step += 1
 
 
