@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
 import time
 import zipfile
 from argparse import Namespace
@@ -16,25 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from distributed import World, is_restart, on_every_rank, on_main_rank
-from hardware import get_rng_state, set_rng_state
+from hardware import describe, get_rng_state, set_rng_state
 from optim import averaged_tensors, build_optimizer, build_scheduler
-from options import saved_args
-from utils import RunError, UserError, warn, write_atomically, write_text
+from options import merge_saved, saved_args
+from utils import UserError, duration, print_line, warn, write_atomically, write_text
 
 VERSION = 2
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
            "test_accuracy", "seconds", "images_per_second")
 # What a run writes. Removed in this order, so that a kill in between leaves a run that can continue, or none.
-RUN_FILES = ("args.json", "results.json", "diverged.txt", "curves.png", "confusion.png", "reliability.png",
-             "mistakes.png", "metrics.csv", "best.pt", "previous.pt", "last.pt")
-# The published code stores a numpy.int64 in its checkpoints; NumPy 1 writes the first of these names, NumPy 2 the
-# other.
-NUMPY_SCALARS = [(np.core.multiarray.scalar if np.__version__ < "2" else np._core.multiarray.scalar, name)
-                 for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")]
+RUN_FILES = ("args.json", "results.json", "curves.png", "confusion.png", "reliability.png", "mistakes.png",
+             "metrics.csv", "best.pt", "previous.pt", "last.pt")
+# For the numpy.int64 in checkpoints of the published code; NumPy 1 writes the first of these names, NumPy 2 the other.
+NUMPY_SCALARS = [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 NUMPY_SCALARS += [np.dtype, *(type(np.dtype(name)) for name in "b1 i4 i8 f4 f8".split())]
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(content: dict[str, Any], path: Path, backup: Path | None = None) -> None:
@@ -63,20 +60,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise ValueError("a record is marked as a folder")
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "net" in checkpoint and "model" not in checkpoint:
+        if all(isinstance(value, Tensor) for value in checkpoint.values()):  # a plain state_dict
+            checkpoint = {"model": checkpoint, "args": {}}
+        elif "net" in checkpoint and "model" not in checkpoint:
             checkpoint = {"model": checkpoint["net"], "args": {}}  # published code: always the default network
+        if missing := [name for name in ("model", "args") if name not in checkpoint]:
+            raise ValueError(f"it lacks {' and '.join(missing)}; expected these, or a plain state_dict")
         for name in ("model", "ema"):
             if checkpoint.get(name) is not None:
                 checkpoint[name] = {key.removeprefix("module.").removeprefix("_orig_mod."): value
                                     for key, value in checkpoint[name].items()}
-        version, _ = checkpoint.get("version", VERSION), checkpoint["args"].keys() | checkpoint["model"].keys()
-    except Exception as error:  # zipfile and torch raise a dozen types for damaged files, a foreign one lacks the keys
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}: {reason:.100}"
-                        ")") from error
-    if version != VERSION:
-        raise UserError(f"checkpoint {path} has version {version}, expected {VERSION}; use the release of this program "
-                        "that wrote it")
+    except Exception as error:  # zipfile and torch raise a dozen types for damaged files
+        text = str(error).strip()
+        if refused := re.search(r"GLOBAL (\S+)", text):
+            text = f"it holds {refused[1]}; only tensors and plain values are loaded, such as vars(args)"
+        raise UserError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}: "
+                        f"{text.partition(chr(10))[0]:.150})") from error
+    if (version := checkpoint.get("version", VERSION)) != VERSION:
+        raise UserError(f"checkpoint {path} has version {version}, expected {VERSION}; use the release that wrote it")
     return checkpoint
 
 
@@ -89,14 +90,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
             raise UserError(f"{path} has a different architecture: {name} is {found} there and {wanted} in the network "
                             "that its settings or your model flags describe")
     model.load_state_dict(weights)
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Return whether no tensor holds an infinity or NaN; synchronizes with the device once."""
-    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
-
-
-# --- the state of a run ----------------------------------------------------------------------------------------------
 
 
 class TrainState:
@@ -116,54 +109,48 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.scaler.scale(torch.zeros((), device=self.device))  # creates its tensors; the first step may have no image
         self.epoch = self.step = 0  # finished epochs, and finished steps of the current one
-        self.totals = self.zero_totals()
+        # running sums of loss and correct predictions; float64 where the device has it
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        self.totals = torch.zeros(2, device=self.device, dtype=kind)
         self.seconds = 0.0  # of training in the current epoch
         self.lr = self.scheduler.get_last_lr()[0]  # of the last step
         self.history: list[dict[str, Any]] = []  # rows of metrics.csv
-        self.best: dict[str, Any] | None = None  # epoch and accuracy of best.pt
+        self.best: dict[str, Any] | None = None  # weights, epoch and accuracy of the best epoch, on the CPU
+        self.machines: list[str] = []  # the devices that the run has used
 
     @property
     def eval_model(self) -> nn.Module:
         """The network that is evaluated and goes into best.pt: the averaged weights, with `--ema`."""
         return self.ema_model or self.model
 
-    def zero_totals(self) -> Tensor:
-        """Return zero running sums of loss and correct predictions, (2,); float64 where the device has it."""
-        return torch.zeros(2, device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
-
     def state_dict(self, world: World) -> dict[str, Any]:
         """Return the content of a checkpoint; every rank must call it."""
+        self.machines = list(dict.fromkeys([*self.machines, *world.gather(describe(self.device))]))
         return {"model": self.model.state_dict(), "ema": self.ema_model and self.ema_model.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step, "best": self.best,
-                "history": self.history, "seconds": self.seconds, "lr": self.lr,
+                "history": self.history, "machines": self.machines, "seconds": self.seconds, "lr": self.lr,
                 "totals": world.gather(self.totals.cpu()), "rng": world.gather(get_rng_state(self.device))}
 
     def load_state_dict(self, saved: dict[str, Any], world: World, path: Path) -> None:
-        """Continue from the content of a checkpoint; one that does not fit this run is a UserError."""
+        """Continue from the content of a checkpoint."""
         load_weights(self.model, saved["model"], path)
-        try:
-            if self.ema_model:
-                load_weights(self.ema_model, saved["ema"], path)
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scheduler.load_state_dict(saved["scheduler"])
-            if saved["scaler"] and self.scaler.is_enabled():
-                self.scaler.load_state_dict(saved["scaler"])
-            self.epoch, self.step, self.history = saved["epoch"], saved["step"], list(saved["history"])
-            self.best, self.seconds, self.lr = saved["best"], saved["seconds"], saved["lr"]
-            if len(saved["totals"]) == world.size:
-                self.totals.copy_(saved["totals"][world.rank])
-            elif world.is_main:
-                self.totals.copy_(torch.stack(saved["totals"]).sum(0))
-            set_rng_state(saved["rng"][world.rank % len(saved["rng"])], self.device)
-            if self.scheduler.last_epoch != self.epoch * self.steps_per_epoch + self.step:
-                raise ValueError(f"expected {self.steps_per_epoch} steps per epoch; has the training set changed?")
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"checkpoint {path} does not fit this run ({type(error).__name__}: {error!s:.150})"
-                            ) from error
-
-
-# --- the run folder --------------------------------------------------------------------------------------------------
+        if self.ema_model:
+            load_weights(self.ema_model, saved["ema"], path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if saved["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step, self.history = saved["epoch"], saved["step"], list(saved["history"])
+        self.best, self.seconds, self.lr = saved["best"], saved["seconds"], saved["lr"]
+        self.machines = saved.get("machines", ["not recorded"])  # by older releases
+        if len(saved["totals"]) == world.size:
+            self.totals.copy_(saved["totals"][world.rank])
+        elif world.is_main:
+            self.totals.copy_(torch.stack(saved["totals"]).sum(0))
+        set_rng_state(saved["rng"][world.rank % len(saved["rng"])], self.device)
+        if self.scheduler.last_epoch != self.epoch * self.steps_per_epoch + self.step:
+            raise UserError(f"{path} does not fit {self.steps_per_epoch} steps an epoch; has the training set changed?")
 
 
 class RunFolder:
@@ -172,25 +159,25 @@ class RunFolder:
     def __init__(self, path: str | Path, file: Path | None = None):
         self.path, self.file = Path(path), file  # file: the checkpoint that --resume names, if it names one
         self.last, self.previous, self.best = (self.path / f"{name}.pt" for name in ("last", "previous", "best"))
-        self.pending_best: dict[str, Any] | None = None  # content of best.pt, to be written by the next save
+        self.best_epoch: int | None = None  # of the best.pt that this process has written
         self.saved_at = time.monotonic()
         self._last_is_intact = True  # otherwise the next save must not turn it into previous.pt
         self._lock = None
 
     @on_main_rank
-    def open(self, args: Namespace) -> dict[str, Any] | None:
-        """Lock the run to continue and read its checkpoint; None starts a new run."""
+    def open(self, args: Namespace, given: dict[str, Any]) -> tuple[Namespace, dict | None, dict | None]:
+        """Return the settings, and the checkpoint of a run to resume, which is now locked, or initial weights."""
         if args.resume is None or (args.resume == "auto" and not self.holds_checkpoint()):
             self.refuse_overwriting(args)
-            return None
-        if self.holds_checkpoint() or (self.path / ".lock").exists():  # leave no lock where there is no run
-            self.lock()
-        diverged = self.path / "diverged.txt"
-        if diverged.exists():
-            if is_restart():
-                raise RunError(f"not restarted: {diverged.read_text().strip()}")  # it would only diverge again
-            diverged.unlink()  # it must not stop a later restart for another reason
-        return self.load()
+            if not args.init_from:
+                return args, None, None
+            source = load_checkpoint(args.init_from)
+            return merge_saved(args, given, source["args"], False), None, source.get("ema") or source["model"]
+        if not self.holds_checkpoint():
+            raise UserError(f"--resume: no run in {self.path}; use --resume auto to start one")
+        self.lock()
+        checkpoint = self.load()
+        return merge_saved(args, given, checkpoint["args"], True), checkpoint, None
 
     @on_main_rank
     def create(self, args: Namespace) -> None:
@@ -207,14 +194,13 @@ class RunFolder:
 
     def refuse_overwriting(self, args: Namespace) -> None:
         """Refuse to start a new run where there is one, unless `--overwrite` is given."""
-        # best.pt alone is left by a run that was killed in its first save: --resume auto starts it again
-        names = ["last.pt", "previous.pt", "metrics.csv", "results.json"] + ([] if args.resume else ["best.pt"])
+        names = ("last.pt", "previous.pt", "best.pt", "metrics.csv", "results.json")
         if not args.overwrite and any(os.path.exists(self.path / name) for name in names):
             raise UserError(f"{self.path} holds a run; continue it with --resume, replace it with --overwrite, or "
                             "choose another --output-dir")
 
     def lock(self) -> None:
-        """Create the folder, lock it, and remove the temporary files of a killed run."""
+        """Create the folder and lock it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a")
@@ -225,25 +211,18 @@ class RunFolder:
             _lock_file(self._lock.fileno())
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                self.close()
                 raise UserError(f"the run folder {self.path} is in use by another process; wait for it, or choose "
                                 "another --output-dir") from error
             warn(f"{self.path} is on a file system without locks ({error.strerror}); do not start a second run in it")
-        for name in RUN_FILES:
-            for temporary in self.path.glob(f".{name}.*.tmp"):
-                temporary.unlink()
 
     def close(self) -> None:
         """Release the lock; the end of the process, whatever its reason, releases it too."""
         if self._lock is not None:
             self._lock.close()
-            self._lock = None
 
     def load(self) -> dict[str, Any]:
         """Read the newest intact checkpoint: the one named, or last.pt, or if that is damaged previous.pt."""
         paths = [self.file] if self.file else [path for path in (self.last, self.previous) if path.exists()]
-        if not paths:
-            raise UserError(f"--resume: no run in {self.path}; use --resume auto to start one")
         errors = []
         for path in paths:
             try:
@@ -256,32 +235,19 @@ class RunFolder:
             if errors:
                 warn(f"{errors[0]}; continuing from {path}")
             self._last_is_intact = path.name == self.last.name
-            self._reconcile_best(checkpoint)
+            if checkpoint["best"] is not None and "model" not in checkpoint["best"]:  # older releases: only in best.pt
+                checkpoint["best"] = load_checkpoint(self.best)
             return checkpoint
         raise UserError("; ".join(errors))
 
-    def _reconcile_best(self, checkpoint: dict[str, Any]) -> None:
-        """Forget the best epoch of a checkpoint if best.pt is not of that epoch.
-
-        best.pt is written before last.pt. After a kill between the two it is of an epoch that will be repeated.
-        """
-        if checkpoint.get("best") is None:
-            return
-        try:
-            found, expected = load_checkpoint(self.best)["epoch"], checkpoint["best"]["epoch"]
-            if found != expected:
-                raise UserError(f"{self.best} is of epoch {found}, expected {expected}")
-        except (UserError, KeyError) as error:
-            warn(f"{error}; the best epoch will be selected among the remaining epochs")
-            checkpoint["best"] = None
-
     def save(self, content: dict[str, Any]) -> None:
-        """Write best.pt if there is a new one, last.pt and metrics.csv; OSError leaves the older files intact."""
+        """Write last.pt, best.pt if there is a new one, and metrics.csv; OSError leaves the older files intact."""
         self.saved_at = time.monotonic()
-        if self.pending_best is not None:  # before last.pt, which names its epoch
-            save_checkpoint(self.pending_best, self.best)
         save_checkpoint(content, self.last, self.previous if self._last_is_intact else None)
-        self._last_is_intact, self.pending_best = True, None
+        self._last_is_intact, best = True, content["best"]
+        if best is not None and best["epoch"] != self.best_epoch:  # also the first one after a kill between the two
+            save_checkpoint({**best, "args": content["args"], "classes": content["classes"]}, self.best)
+            self.best_epoch = best["epoch"]
         write_text(self.path / "metrics.csv", format_metrics(content["history"]))
 
 
@@ -317,3 +283,24 @@ def find_run(args: Namespace) -> RunFolder:
         raise UserError(f"--resume {path}: not a run folder, nor last.pt or previous.pt in one; to start from the "
                         "weights of another file use --init-from")
     return RunFolder(path.parent, path)
+
+
+def describe_results(results: dict[str, Any], path: Path) -> str:
+    """Return the last lines of a run, from its results.json and its folder."""
+    note = (f"test accuracy of best.pt {results['test_accuracy']:.2f}%; the test set was evaluated only once"
+            if results["test_weights"] == "best" else
+            "the best epoch was selected on the test set, so its accuracy is optimistic; --val-size avoids that")
+    return (f"{results['selected_on']} accuracy: last epoch {results['last_accuracy']:.2f}%, best "
+            f"{results['best_accuracy']:.2f}% (epoch {results['best_epoch']})\n{note}\n{duration(results['seconds'])}, "
+            f"{results['images_per_second']:.0f} images/s; weights, metrics and pictures are in {path}")
+
+
+@on_main_rank
+def print_if_finished(folder: RunFolder, checkpoint: dict[str, Any], args: Namespace) -> bool:
+    """Print the results of a run that is finished, and how to train longer; return whether it is."""
+    file = folder.path / "results.json"
+    if checkpoint["epoch"] < args.epochs or not file.exists():
+        return False
+    print_line(f"this run is finished: {file}\n{describe_results(json.loads(file.read_text()), folder.path)}\nto train "
+               f"longer, start a new run with --init-from {shlex.quote(str(folder.best))} --output-dir NEW")
+    return True

@@ -93,22 +93,16 @@ class World(NamedTuple):
         return result
 
 
-def on_every_rank(function: Callable) -> Callable:
+def on_every_rank(function: Callable, only_main: bool = False) -> Callable:
     """Decorate a function that all ranks call together: an error on one of them ends all, see `World.run`."""
-    return _agreed(function, only_main=False)
-
-
-def on_main_rank(function: Callable) -> Callable:
-    """Decorate a function that all ranks call together, and only rank 0 executes: all get its result."""
-    return _agreed(function, only_main=True)
-
-
-def _agreed(function: Callable, only_main: bool) -> Callable:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         world = World(dist.get_rank(), size=dist.get_world_size()) if dist.is_initialized() else World()
         return world.run(lambda: function(*args, **kwargs), only_main)
     return call
+
+
+on_main_rank = functools.partial(on_every_rank, only_main=True)  # only rank 0 executes it; all get its result
 
 
 def start() -> World:

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import contextlib
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -18,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,10 +29,10 @@ import evaluate
 import hardware
 import models
 import plots
-from checkpoint import COLUMNS, RunFolder, TrainState, all_finite, find_run, load_checkpoint, load_weights
+from checkpoint import COLUMNS, RunFolder, TrainState, describe_results, find_run, load_weights, print_if_finished
 from distributed import World, on_every_rank, on_main_rank
 from optim import schedule_lrs, update_ema
-from utils import RunError, Signals, print_line, warn, write_text
+from utils import RunError, Signals, plural, print_line, reason, warn, write_text
 
 
 @dataclass
@@ -50,28 +50,12 @@ class Run:
     forward: Callable[..., tuple[Tensor, Tensor]]
     compiled_forward: Callable[..., tuple[Tensor, Tensor]] | None = None  # for full batches
     environment: dict[str, Any] | None = None  # what exact continuation depends on
-    logits: Tensor | None = None  # of the last evaluation, for the pictures
-    warned: str = ""  # the last warning about a failed save
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether the run computes on a CPU, where reading a result costs nothing."""
-        return self.device.type == "cpu"
-
-    @property
-    def eval_name(self) -> str:
-        """The prefix of the evaluated images' columns in metrics.csv."""
-        return "val" if self.args.val_size else "test"
+    logits: Tensor | None = None  # of the last evaluation in this process
 
     @property
     def selected_on(self) -> str:
         """The images that select the best epoch, in words."""
         return "validation" if self.args.val_size else "test"
-
-    def predict_logits(self, state: TrainState, split: data.Split) -> Tensor:
-        """Return the logits (N, 10) of a split, computed by all ranks together."""
-        return evaluate.predict_logits(state.eval_model, split.images, self.device, self.precision,
-                                       self.args.normalize, world=self.world)
 
 
 @program("train.py")
@@ -90,11 +74,11 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
     """Train a new run, or resume one, to its end or to a signal; return the exit status."""
     world, folder = distributed.start(), find_run(args)
     with contextlib.closing(folder):
-        checkpoint = folder.open(args)  # None for a new run
-        source = read_source(args) if args.init_from and checkpoint is None else None
-        args = settle_args(args, given, checkpoint, source)
-        device, precision = select_hardware(args, world)
-        model = build_model(args, source).to(device, memory_format=torch.channels_last)
+        args, checkpoint, weights = folder.open(args, given)
+        if checkpoint is not None and print_if_finished(folder, checkpoint, args):
+            return 0
+        device, precision = select_hardware(args, world, checkpoint)
+        model = build_model(args, weights).to(device, memory_format=torch.channels_last)
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
         state = TrainState(args, model, len(loader), precision)
@@ -109,7 +93,6 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         else:
             folder.create(args)
             save(run, state)
-
         if world.is_main:
             print_line(describe(run, state))
         with Signals(quiet=not world.is_main) as signals, contextlib.closing(loader):
@@ -124,44 +107,30 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
     return 0
 
 
-@on_main_rank
-def read_source(args: Namespace) -> dict[str, Any]:
-    """Read the checkpoint that `--init-from` names."""
-    return load_checkpoint(args.init_from)
-
-
 @on_every_rank
-def settle_args(args: Namespace, given: dict[str, Any], checkpoint: dict[str, Any] | None,
-                source: dict[str, Any] | None) -> Namespace:
-    """Return the settings of the run: what is resumed or started from decides some of them."""
+def select_hardware(args: Namespace, world: World, checkpoint: dict[str, Any] | None) -> tuple[torch.device, str]:
+    """Select device, precision and algorithms, and the number of threads that a resumed run has had."""
     if checkpoint is not None:
         hardware.restore_threads(checkpoint["environment"]["threads"])
-        return options.merge_saved(args, given, checkpoint["args"], resumes=True)
-    return options.merge_saved(args, given, source["args"], resumes=False) if source else args
-
-
-@on_every_rank
-def select_hardware(args: Namespace, world: World) -> tuple[torch.device, str]:
-    """Select the device, the precision and the algorithms."""
     device = hardware.select_device(args.device, world.local_rank)
-    precision = hardware.select_precision(args.precision, device)
     hardware.set_up_backend(device, args.deterministic)
-    return device, precision
+    return device, hardware.select_precision(args.precision, device)
 
 
 @on_every_rank
-def build_model(args: Namespace, source: dict[str, Any] | None) -> nn.Module:
+def build_model(args: Namespace, weights: dict[str, Tensor] | None) -> nn.Module:
     """Build the network, with the weights of `--init-from` or random ones."""
     torch.manual_seed(args.seed)
     model = options.build_model(args)
-    if source is not None:
-        load_weights(model, source.get("ema") or source["model"], args.init_from)
+    if weights is not None:
+        load_weights(model, weights, args.init_from)
     return model
 
 
 def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:
     """Train to the end of the current epoch, saving when it is due; return an exit status if a signal stops the run."""
     args, steps = run.args, len(run.loader)
+    every = 1 if run.device.type == "cpu" else args.log_interval  # reading the sums synchronizes with a GPU
     start = time.perf_counter() - state.seconds
     state.model.train()
     with tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}/{args.epochs}", leave=False,
@@ -170,8 +139,7 @@ def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None
         for batch in run.loader.epoch(state.epoch, state.step):
             train_step(run, state, *batch)
             status, save_due = check_signals(run, state, signals)
-            # reading the sums synchronizes with the GPU, so do it rarely there
-            if status or save_due or state.step % args.log_interval == 0 or state.step == steps or run.is_cpu:
+            if status or save_due or state.step % every == 0 or state.step == steps:
                 log_progress(run, state, bar, start)
             if status or save_due:
                 save(run, state, must_succeed=bool(status))
@@ -244,15 +212,14 @@ def compile_forward(run: Run, state: TrainState) -> None:
     torch._foreach_copy_(list(state.model.buffers()), buffers)
 
 
-def check_signals(run: Run, state: TrainState, signals: Signals) -> tuple[int, bool]:
-    """Agree with all ranks, at the same step, on the exit status to stop with (0: continue) and on saving."""
+def check_signals(run: Run, state: TrainState, signals: Signals) -> list[int]:
+    """Agree with all ranks, at the same step, on the exit status to stop with (0: continue) and on saving (0 or 1)."""
     # several GPUs wait for each other only at the log interval
-    often = run.world.size == 1 or run.is_cpu or run.args.save_minutes == 0
+    often = run.world.size == 1 or run.device.type == "cpu" or run.args.save_minutes == 0
     if not often and state.step % run.args.log_interval and state.step < len(run.loader):
-        return 0, False
+        return [0, 0]
     due = time.monotonic() - run.folder.saved_at >= 60 * run.args.save_minutes
-    status, save_due = run.world.max([signals.stop or 0, int(due and run.world.is_main)])
-    return status, bool(save_due)
+    return run.world.max([signals.stop or 0, int(due and run.world.is_main)])
 
 
 def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
@@ -263,7 +230,7 @@ def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
     rate = count / state.seconds
     bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.2f}%, lr {state.lr:.3g}, {rate:.0f} images/s", refresh=False)
     bar.update(state.step - bar.n)
-    if not np.isfinite(loss):
+    if not math.isfinite(loss):
         raise_diverged(run, state, "the loss")
 
 
@@ -276,11 +243,8 @@ def train_metrics(run: Run, state: TrainState, count: int) -> tuple[float, float
 @on_main_rank
 def raise_diverged(run: Run, state: TrainState, what: str) -> None:
     """End a run that has diverged, without saving it."""
-    message = (f"{what} is not finite in epoch {state.epoch + 1}, step {state.step}, at lr {state.lr:.4g}; try a "
-               f"smaller --lr, or --precision fp32 (the last checkpoint is {run.folder.last})")
-    with contextlib.suppress(OSError):  # a restart by torchrun reads it
-        write_text(run.folder.path / "diverged.txt", message + "\n")
-    raise RunError(message)
+    raise RunError(f"{what} is not finite in epoch {state.epoch + 1}, step {state.step}, at lr {state.lr:.4g}; try a "
+                   f"smaller --lr, or --precision fp32 (the last checkpoint is {run.folder.last})")
 
 
 def finish_epoch(run: Run, state: TrainState) -> None:
@@ -288,68 +252,56 @@ def finish_epoch(run: Run, state: TrainState) -> None:
     run.world.broadcast(list(state.eval_model.buffers()))  # evaluate with the batch norm statistics of rank 0
     train_loss, train_accuracy = train_metrics(run, state, len(run.loader.targets))
     start = time.perf_counter()
-    run.logits = run.predict_logits(state, run.eval_split)
+    run.logits = evaluate.predict_logits(state.eval_model, run.eval_split.images, run.device, run.precision,
+                                         run.args.normalize, world=run.world)
     loss, accuracy = evaluate.score(run.logits, run.eval_split.targets)
+    seconds, rate = state.seconds + time.perf_counter() - start, len(run.loader.targets) / state.seconds
+    prefix = "val" if run.args.val_size else "test"
+    state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+    state.totals.zero_()
     state.history.append(dict.fromkeys(COLUMNS) | {
-        "epoch": state.epoch + 1, "step": (state.epoch + 1) * len(run.loader), "lr": state.lr,
-        "train_loss": train_loss, "train_accuracy": train_accuracy, f"{run.eval_name}_loss": loss,
-        f"{run.eval_name}_accuracy": accuracy, "seconds": state.seconds + time.perf_counter() - start,
-        "images_per_second": len(run.loader.targets) / state.seconds})
-    state.epoch, state.step, state.seconds, state.totals = state.epoch + 1, 0, 0.0, state.zero_totals()
-    if state.best is None or accuracy > state.best["accuracy"]:
-        keep_best(run, state)
+        "epoch": state.epoch, "step": state.epoch * len(run.loader), "lr": state.lr, "train_loss": train_loss,
+        "train_accuracy": train_accuracy, f"{prefix}_loss": loss, f"{prefix}_accuracy": accuracy,
+        "seconds": seconds, "images_per_second": rate})
+    if state.best is None or accuracy > state.best["accuracy"]:  # the next save writes best.pt
+        weights = {name: value.to("cpu", copy=True) for name, value in state.eval_model.state_dict().items()}
+        state.best = {"model": weights, "epoch": state.epoch, "accuracy": accuracy, "selected_on": run.selected_on}
     if run.world.is_main:
-        row = state.history[-1]
         print_line(f"epoch {state.epoch}/{run.args.epochs}  training loss {train_loss:.4f}, accuracy "
                    f"{train_accuracy:.2f}%  {run.selected_on} loss {loss:.4f}, accuracy {accuracy:.2f}%  "
-                   f"lr {row['lr']:.4g}  {row['images_per_second']:.0f} images/s")
-
-
-def keep_best(run: Run, state: TrainState) -> None:
-    """Keep a copy of the current weights as the best so far; the next save writes it."""
-    accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
-    state.best = {"epoch": state.epoch, "accuracy": accuracy}
-    run.folder.pending_best = {
-        "model": {name: value.clone() for name, value in state.eval_model.state_dict().items()}, **state.best,
-        "selected_on": run.selected_on, "args": options.saved_args(run.args), "classes": run.eval_split.classes}
+                   f"lr {state.lr:.4g}  {rate:.0f} images/s")
 
 
 def save(run: Run, state: TrainState, must_succeed: bool = False) -> None:
     """Write the run folder; every rank calls it. A failure is a warning, since the next save may succeed."""
-    if run.world.max([int(not all_finite([*state.model.state_dict().values(), state.totals]))])[0]:
+    tensors = [*state.model.state_dict().values(), state.totals]
+    is_finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+    if run.world.max([int(not is_finite)])[0]:
         raise_diverged(run, state, "a weight")
-    write(run, state, state.state_dict(run.world) | {
-        "args": options.saved_args(run.args), "classes": run.eval_split.classes, "environment": run.environment},
-          must_succeed)
+    write(run, state, state.state_dict(run.world), must_succeed)
 
 
 @on_main_rank
 def write(run: Run, state: TrainState, content: dict[str, Any], must_succeed: bool) -> None:
-    """Write a checkpoint and what belongs to it."""
+    """Write a checkpoint, and draw the pictures."""
+    content |= {"args": options.saved_args(run.args), "classes": run.eval_split.classes, "environment": run.environment}
     try:
         run.folder.save(content)
-        draw_curves(run, state)
-        run.warned = ""
+        if run.logits is not None:
+            draw_curves(run, state)
     except Exception as error:  # OSError, and whatever a missing or broken matplotlib raises
-        message = (f"cannot save to {getattr(error, 'filename', None) or run.folder.path} "
-                   f"({getattr(error, 'strerror', None) or error})")
         if must_succeed:
-            raise RunError(f"{message}; the files saved before are intact") from error
-        if message != run.warned:
-            warn(f"{message}; training continues, the next save tries again")
-        run.warned = message
+            raise RunError(f"cannot save ({reason(error)}); the files saved before are intact") from error
+        warn(f"cannot save ({reason(error)}); training continues, the next save tries again")
 
 
 def draw_curves(run: Run, state: TrainState) -> None:
-    """Draw curves.png, and confusion.png of the last evaluation, if there is a new epoch."""
-    if run.logits is None:
-        return
+    """Draw curves.png, and confusion.png of the last evaluation."""
     args, rows = run.args, state.history
     lrs = schedule_lrs(args.scheduler, args.lr, len(run.loader), args.epochs, args.warmup_epochs)[:rows[-1]["step"]]
     plots.draw_curves(rows, lrs, vars(args), run.folder.path / "curves.png")
     matrix = evaluate.confusion_matrix(run.logits, run.eval_split.targets).numpy()
     plots.draw_confusion(matrix, run.eval_split.classes, run.folder.path / "confusion.png")
-    run.logits = None
 
 
 @on_every_rank
@@ -362,22 +314,20 @@ def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
         run.environment = before
     elif changed and run.world.is_main:
         warn(f"resuming, but not bitwise-identically: {', '.join(changed)}")
-    if state.best is None and state.history and state.step == 0:  # best.pt is damaged, and this may be the last epoch
-        keep_best(run, state)
 
 
 def describe(run: Run, state: TrainState) -> str:
     """Return the start-up lines."""
-    args, env, loader = run.args, run.environment, run.loader
-    kind, count = ("thread", env["threads"]) if run.is_cpu and env["ranks"] == 1 else ("rank", env["ranks"])
+    args, env, loader, count = run.args, run.environment, run.loader, models.count_parameters(state.model)
+    units = plural(env["threads"], "thread") if env["threads"] and env["ranks"] == 1 else plural(env["ranks"], "rank")
     start = f"resumed in epoch {state.epoch + 1} after step {state.step}" if state.epoch or state.step else "new run"
-    return (f"device  {hardware.describe(run.device)}, {run.precision}, {count} {kind}{'s' * (count > 1)}, "
+    return (f"device  {hardware.describe(run.device)}, {run.precision}, {units}, "
             f"{'compiled' if env['compile'] else 'not compiled'}\n"
-            f"model   SE-ResNet {args.num_blocks}, {models.count_parameters(state.model):,} parameters\n"
+            f"model   {'ResNet' if args.se == 'none' else 'SE-ResNet'} {args.num_blocks}, {count:,} parameters\n"
             f"data    {len(loader.targets):,} training and {len(run.eval_split.targets):,} {run.selected_on} images"
             f"{', generated' if args.synthetic else ''}\n"
-            f"recipe  {args.epochs} epochs of {len(loader)} steps, batch {args.batch_size}, {args.optimizer}, "
-            f"lr {args.lr:g}, {args.scheduler}\n"
+            f"recipe  {plural(args.epochs, 'epoch')} of {plural(len(loader), 'step')}, batch {args.batch_size}, "
+            f"{args.optimizer}, lr {args.lr:g}, {args.scheduler}\n"
             f"folder  {run.folder.path} ({start})")
 
 
@@ -392,39 +342,29 @@ def print_stopped(run: Run, state: TrainState, status: int) -> int:
     return status
 
 
-@on_main_rank
-def read_best(run: Run) -> dict[str, Any]:
-    """Read best.pt."""
-    return load_checkpoint(run.folder.best)
-
-
 def finish_run(run: Run, state: TrainState) -> None:
-    """Evaluate a last time, write results.json and the pictures, and print the outcome."""
-    best, test_split = read_best(run), run.test_split
-    last_accuracy = state.history[-1][f"{run.eval_name}_accuracy"]
-    if run.eval_name == "val":
-        load_weights(state.eval_model, best["model"], run.folder.best)
-    logits = run.predict_logits(state, test_split)  # with --val-size, the only use of the test set
+    """Evaluate on the test set, write results.json and the pictures, and print the outcome."""
+    best, test_split, logits, has_val = state.best, run.test_split, run.logits, run.args.val_size > 0
+    if has_val:
+        state.eval_model.load_state_dict(best["model"])
+    if has_val or logits is None:  # otherwise the last evaluation was this one
+        logits = evaluate.predict_logits(state.eval_model, test_split.images, run.device, run.precision,
+                                         run.args.normalize, world=run.world)
     if not run.world.is_main:
         return
-    test_accuracy = evaluate.score(logits, test_split.targets)[1]
-    seconds = sum(row["seconds"] for row in state.history)
-    rate = statistics.harmonic_mean(row["images_per_second"] for row in state.history)
-    results = {"last_accuracy": last_accuracy, "best_accuracy": best["accuracy"], "best_epoch": best["epoch"],
-               "selected_on": run.selected_on, "test_accuracy": test_accuracy,
-               "test_weights": "best" if run.eval_name == "val" else "last", "epochs": state.epoch, "seconds": seconds,
-               "images_per_second": rate, "parameters": models.count_parameters(state.model),
+    results = {"last_accuracy": state.history[-1]["val_accuracy" if has_val else "test_accuracy"],
+               "best_accuracy": best["accuracy"], "best_epoch": best["epoch"], "selected_on": run.selected_on,
+               "test_accuracy": evaluate.score(logits, test_split.targets)[1],
+               "test_weights": "best" if has_val else "last", "epochs": state.epoch,
+               "seconds": sum(row["seconds"] for row in state.history),
+               "images_per_second": statistics.harmonic_mean(row["images_per_second"] for row in state.history),
+               "parameters": models.count_parameters(state.model),
                "per_class": evaluate.per_class(logits, test_split.targets, test_split.classes),
                "calibration_error": evaluate.calibration_error(logits, test_split.targets), **run.environment,
-               "device": hardware.describe(run.device), "versions": hardware.versions()}
+               "device": hardware.describe(run.device), "machines": state.machines, "versions": hardware.versions()}
     write_text(run.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
     evaluate.draw_pictures(run.folder.path, logits, test_split)
-    note = (f"test accuracy of best.pt {test_accuracy:.2f}%; the test set was evaluated only once"
-            if run.eval_name == "val" else
-            "the best epoch was selected on the test set, so its accuracy is optimistic; --val-size avoids that")
-    print_line(f"{run.selected_on} accuracy: last epoch {last_accuracy:.2f}%, best {best['accuracy']:.2f}% "
-               f"(epoch {best['epoch']})\n{note}\n{seconds / 60:.1f} minutes, {rate:.0f} images/s; weights, metrics "
-               f"and pictures are in {run.folder.path}")
+    print_line(describe_results(results, run.folder.path))
 
 
 if __name__ == "__main__":

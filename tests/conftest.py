@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from torch import nn
 
@@ -58,8 +59,7 @@ def run_train(data_dir, tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Draw nothing during training: pictures take a second."""
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(evaluate, "draw_pictures", lambda *_: None)
+    runs.draw_nothing(monkeypatch)
 
 
 # --- a trained network -----------------------------------------------------------------------------------------------
@@ -70,8 +70,7 @@ def trained(data_dir, tmp_path_factory) -> Path:
     """The last.pt of a small network, trained without pictures until it predicts several classes."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_curves", lambda *_: None)
-        patch.setattr(evaluate, "draw_pictures", lambda *_: None)
+        runs.draw_nothing(patch)
         assert train.main([*TINY, "--data-dir", str(data_dir), "--output-dir", str(folder), "--epochs", "8",
                            "--batch-size", "16", "--no-augment"]) == 0
     return folder / "last.pt"

@@ -5,12 +5,11 @@ import multiprocessing
 import os
 import pickle
 import re
-import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # the first step of an optimizer imports it; here, once for all processes of `Child`
 
 import evaluate
 import train
@@ -62,8 +62,7 @@ def unbroken(small_data, tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_curves", no_picture)
-        patch.setattr(evaluate, "draw_pictures", no_picture)
+        draw_nothing(patch)
         assert train.main(command_line(small_data, folder)) == 0
     return folder
 
@@ -94,12 +93,8 @@ def command_line(data: Path, folder: Path, *flags: str) -> list[str]:
 # --- stopping and comparing ------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a kill within this process: nothing in the program may catch it."""
-
-
 def stop(run: Callable[..., int], place: str, *flags: str, number: int = signal.SIGTERM, **kwargs: Any) -> None:
-    """Run until one of the `PLACES`; stop there by a signal, or `between` epochs by a kill after saving."""
+    """Run until one of the `PLACES`; stop there by a signal, or `between` epochs without one, after saving."""
     train_step, finish_epoch, (epoch, step) = train.train_step, train.finish_epoch, PLACES[place]
 
     def step_and_signal(run, state, *batch):
@@ -113,16 +108,12 @@ def stop(run: Callable[..., int], place: str, *flags: str, number: int = signal.
             signal.raise_signal(number)
         if place == "between" and state.epoch == epoch:
             train.save(run, state)
-            raise Killed
+            raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", step_and_signal)
         patch.setattr(train, "finish_epoch", finish_and_stop)
-        if place == "between":
-            with pytest.raises(Killed):
-                run(*flags, **kwargs)
-        else:
-            assert run(*flags, **kwargs) == (130 if number == signal.SIGINT else 143)
+        assert run(*flags, **kwargs) == (130 if place == "between" or number == signal.SIGINT else 143)
 
 
 def read(folder: Path, name: str = "last.pt") -> dict[str, Any]:
@@ -130,24 +121,23 @@ def read(folder: Path, name: str = "last.pt") -> dict[str, Any]:
     return torch.load(folder / name, weights_only=True)
 
 
-def difference(found: Any, expected: Any, place: str = "") -> str | None:
+def difference(found: Any, expected: Any) -> str | None:
     """Name the first place where two nested values differ in type or in a bit."""
-    if type(found) is not type(expected):
-        return f"{place}: {type(found)} and {type(expected)}"
-    if isinstance(found, torch.Tensor):
-        same = found.dtype == expected.dtype and torch.equal(found, expected)
-        return None if same else f"{place}: tensors differ"
-    if isinstance(found, dict):
-        if list(found) != list(expected):
-            return f"{place}: keys {list(found)} and {list(expected)}"
-        pairs = [(key, found[key], expected[key]) for key in found if key not in MAY_DIFFER]
-    elif isinstance(found, list | tuple):
-        if len(found) != len(expected):
-            return f"{place}: lengths {len(found)} and {len(expected)}"
-        pairs = [(i, *pair) for i, pair in enumerate(zip(found, expected, strict=True))]
+    found, expected = dict(flatten(found)), dict(flatten(expected))
+    places = found.keys() | expected.keys()
+    return min((place for place in places if found.get(place) != expected.get(place)), default=None)
+
+
+def flatten(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the places and the plain values in a nested value."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if key not in MAY_DIFFER:
+                yield from flatten(item, f"{place}.{key}")
+    elif isinstance(value, torch.Tensor):
+        yield place, (value.dtype, value.shape, value.numpy().tobytes())
     else:
-        return None if found == expected else f"{place}: {found!r} and {expected!r}"
-    return next(filter(None, (difference(a, b, f"{place}.{key}") for key, a, b in pairs)), None)
+        yield place, (type(value), value)
 
 
 def metrics(folder: Path) -> str:
@@ -208,14 +198,16 @@ def _run_child(argv: list[str], log: Path, prepare: Callable | None, args: tuple
     os.environ.update(env)
     multiprocessing.set_start_method(os.environ.get("START_METHOD", "fork"), force=True)  # of the program's workers
     torch.set_num_threads(1)
-    train.draw_curves = evaluate.draw_pictures = no_picture  # they take a second
+    draw_nothing(pytest.MonkeyPatch())
     if prepare is not None:
         prepare(*args)
     sys.exit(train.main(argv))
 
 
-def no_picture(*_: Any) -> None:
-    """Draw nothing."""
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Let a run draw nothing: pictures take a second."""
+    for module, name in ((train, "draw_curves"), (evaluate, "draw_pictures")):
+        patch.setattr(module, name, lambda *_: None)
 
 
 def free_port() -> str:
@@ -258,21 +250,9 @@ def pause_after(epoch: int, step: int, marker: Path) -> None:
     at_step(epoch, step, mark_and_wait)
 
 
-def pause_before(module: str, name: str, marker: Path, action: Callable = lambda: None) -> None:
-    """Before a function is called, make a marker, wait until it is gone, and do something."""
-    function = getattr(sys.modules[module], name)
-
-    def mark_and_wait(*args, **kwargs):
-        marker.write_text("")
-        wait_for(lambda: not marker.exists())
-        action()
-        return function(*args, **kwargs)
-
-    setattr(sys.modules[module], name, mark_and_wait)
-
-
-def break_pipes() -> None:
-    """Replace the output by pipes whose readers are gone."""
+def break_pipes_after(epoch: int, step: int, marker: Path) -> None:
+    """Pause at the end of a step, and replace the output by pipes whose readers are gone."""
+    pause_after(epoch, step, marker)
     for number in (1, 2):
         reader, writer = os.pipe()
         os.dup2(writer, number)
@@ -315,11 +295,6 @@ def fill_disk(epoch: int, step: int) -> None:
     """Let no file grow over 4 kB from the end of a step on, as on a full disk."""
     import resource
     at_step(epoch, step, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
-
-
-def remove_folder(epoch: int, step: int) -> None:
-    """Remove the run folder at the end of a step."""
-    at_step(epoch, step, lambda run, _: shutil.rmtree(run.folder.path))
 
 
 def break_loss(epoch: int, step: int) -> None:

@@ -182,6 +182,7 @@ def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(run_trai
         line = mistake(capsys, "--output-dir", tmp_path / "run", "--resume", *command.split())
         flag = command.split()[0].replace("--no-", "--")
         assert re.search(rf"{flag} {'.*'.join(values.split())}\b", line) and "--init-from" in line, line
+    (tmp_path / "run/results.json").unlink()  # as if it had been stopped before the end
     assert run_train("--resume", "auto", *recipe, "--lr", "0.1", "--log-interval", "7", "--save-minutes", "3",
                      "--workers", "1", "--no-compile") == 0
     args = load_checkpoint(tmp_path / "run/last.pt")["args"]

@@ -3,16 +3,17 @@
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
+import threading
 from itertools import combinations, product
 from pathlib import Path
 
@@ -47,39 +48,19 @@ CHOICES = {
 FLAGS = {"warm-up": ["--scheduler", "cosine", "--warmup-epochs", "0.5"],
          "smoothing": ["--label-smoothing", "0.1", "--grad-clip", "0", "--block", "preact", "--se", "block"],
          "mixing": ["--mixup", "0.2", "--cutmix", "1", "--trivial-augment", "--ema", "0.9"]}
-# Every pair of two choices is in at least one of these cases.
-GRID = """
-first sgd cosine workers>workers fp16 0.3 10 once mixing
-first adam constant device>device fp32 0.3 10 once mixing
-first adamw onecycle device>device fp32 0.3 10 once mixing
-first rmsprop warm-up workers>device bf16 0.3 10 once plain
-first adagrad warm-up workers>workers fp32 0 0 twice smoothing
-first adadelta onecycle device>workers fp16 0 10 twice plain
-middle sgd constant device>workers bf16 0 0 twice mixing
-middle adam warm-up workers>device fp32 0 10 once smoothing
-middle adamw cosine device>device fp16 0 0 twice smoothing
-middle rmsprop cosine workers>workers fp32 0.3 10 once smoothing
-middle adagrad onecycle workers>workers bf16 0.3 0 twice plain
-middle adadelta constant workers>device fp32 0.3 10 once smoothing
-last sgd onecycle device>device fp16 0 0 once smoothing
-last adam onecycle device>workers bf16 0.3 0 twice mixing
-last adamw warm-up device>workers bf16 0.3 0 once plain
-last rmsprop cosine device>workers fp32 0 10 twice smoothing
-last adagrad constant workers>device fp16 0.3 0 twice mixing
-last adadelta constant workers>workers fp32 0 10 once smoothing
-between sgd constant workers>device fp32 0 0 once smoothing
-between adam cosine device>device bf16 0 10 twice plain
-between adamw onecycle workers>workers fp32 0.3 10 twice plain
-between rmsprop constant device>device bf16 0.3 10 twice plain
-between adagrad cosine device>workers fp32 0.3 10 twice mixing
-between adadelta warm-up device>device fp16 0 0 once mixing
-evaluation sgd warm-up device>workers fp32 0 0 twice plain
-evaluation adam constant workers>workers fp16 0.3 0 once plain
-evaluation adamw constant workers>device bf16 0 0 once mixing
-evaluation rmsprop onecycle workers>device fp16 0 0 twice mixing
-evaluation adagrad onecycle device>device bf16 0.3 10 once smoothing
-evaluation adadelta cosine workers>device bf16 0 0 once smoothing
-""".strip().splitlines()
+
+
+def every_pair() -> list[dict[str, str]]:
+    """Select cases so that every pair of two choices is in at least one of them."""
+    rng, cases = random.Random(0), []
+    missing = {frozenset(pair) for a, b in combinations(CHOICES.items(), 2)
+               for pair in product(product([a[0]], a[1]), product([b[0]], b[1]))}
+    while missing:
+        candidates = [{name: rng.choice(values) for name, values in CHOICES.items()} for _ in range(300)]
+        pairs = [{frozenset(pair) for pair in combinations(case.items(), 2)} & missing for case in candidates]
+        best = max(range(300), key=lambda index: len(pairs[index]))
+        cases, missing = [*cases, candidates[best]], missing - pairs[best]
+    return cases
 
 
 @pytest.fixture
@@ -102,15 +83,8 @@ def paused(start, tmp_path):
 # --- exact resume ----------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_has_every_pair():
-    rows = [dict(zip(CHOICES, line.split(), strict=True)) for line in GRID]
-    for (a, values), (b, others) in combinations(CHOICES.items(), 2):
-        assert {(row[a], row[b]) for row in rows} == set(product(values, others))
-
-
-@pytest.mark.parametrize("case", GRID)
-def test_resumed_equals_unbroken(case, run, tmp_path, workers_in_process):
-    choice = dict(zip(CHOICES, case.split(), strict=True))
+@pytest.mark.parametrize("choice", every_pair(), ids=lambda choice: " ".join(choice.values()))
+def test_resumed_equals_unbroken(choice, run, tmp_path, workers_in_process):
     flags = ["--optimizer", choice["optimizer"], "--precision", choice["precision"], "--dropout", choice["dropout"],
              "--val-size", choice["validation"], *FLAGS.get(choice["rest"], []),
              *FLAGS.get(choice["scheduler"], ["--scheduler", choice["scheduler"]])]
@@ -120,13 +94,6 @@ def test_resumed_equals_unbroken(case, run, tmp_path, workers_in_process):
     if choice["stops"] == "twice":
         runs.stop(run, "later", "--resume", *after)
     assert run("--resume", *after) == 0
-    runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
-
-
-def test_resume_with_another_number_of_worker_processes(run, tmp_path):
-    assert run("--dropout", "0.3", folder="unbroken") == 0
-    runs.stop(run, "middle", "--dropout", "0.3", "--workers", "2")
-    assert run("--resume", "--workers", "1") == 0
     runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
@@ -148,26 +115,20 @@ def test_resume_compiled_and_on_cuda(place, device, precision, compiled, run, tm
     runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-def test_resume_keeps_the_number_of_threads_where_the_cores_allow_it(cores, run, tmp_path, monkeypatch, capsys):
-    flags = ["--epochs", "1", "--limit-train", "16"]
+@pytest.mark.parametrize("cores, threads, warning", [
+    (1, "1 thread", "warning: resuming, but not bitwise-identically: threads 2 -> 1\n"), (2, "2 threads", "")])
+def test_resume_restores_the_number_of_threads(cores, threads, warning, run, monkeypatch, capsys):
     monkeypatch.setattr(hardware, "count_cores", lambda: cores)
     try:
         torch.set_num_threads(2)
-        assert run(*flags, folder="unbroken") == 0
-        runs.stop(run, "first", *flags)
-        assert ", 2 threads," in capsys.readouterr().out
+        runs.stop(run, "first")
         torch.set_num_threads(1)  # the resuming process starts with another number
+        capsys.readouterr()
         assert run("--resume") == 0
     finally:
         torch.set_num_threads(1)
     printed = capsys.readouterr()
-    assert f", {cores} thread{'s' * (cores > 1)}," in printed.out
-    if cores == 1:
-        assert printed.err == "warning: resuming, but not bitwise-identically: threads 2 -> 1\n"
-    else:
-        assert printed.err == ""
-        runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    assert f", {threads}," in printed.out and printed.err == warning
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -247,10 +208,8 @@ def fail_backward(loss, correct):
     return loss, correct
 
 
-@pytest.mark.parametrize("broken", [
-    fail, lambda *_, **__: fail, lambda function, **_: lambda *a: fail(function(*a)),
-    lambda function, **_: lambda *a: fail_backward(*function(*a))],
-    ids=["at once", "when called", "after the forward pass", "in the backward pass"])
+@pytest.mark.parametrize("broken", [fail, lambda function, **_: lambda *a: fail_backward(*function(*a))],
+                         ids=["at once", "in the backward pass"])
 def test_a_compiler_that_fails_costs_one_line(broken, run, unbroken, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
     assert run("--compile") == 0
@@ -291,20 +250,18 @@ def test_lines_and_metrics(run, tmp_path, capsys):
                                   "30 training", "2 epochs of 4 steps, batch 8, sgd, lr 0.01, cosine",
                                   f"{folder} (new run)"], strict=False):
         assert part in line
-    with open(folder / "metrics.csv", newline="") as file:
-        header, *rows = csv.reader(file)
-    assert ",".join(header) == ("epoch,step,lr,train_loss,train_accuracy,val_loss,val_accuracy,test_loss,"
-                                "test_accuracy,seconds,images_per_second")
-    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    assert (folder / "metrics.csv").read_text().startswith("epoch,step,lr,train_loss,train_accuracy,val_loss,"
+        "val_accuracy,test_loss,test_accuracy,seconds,images_per_second\n")
+    rows = list(csv.DictReader((folder / "metrics.csv").open(newline="")))
     for line, row, epoch in zip(lines[5:7], rows, (1, 2), strict=True):
         lr = 0.005 * (1 + math.cos(math.pi * (4 * epoch - 1) / 8))
-        assert (row["epoch"], row["step"], row["val_loss"], row["val_accuracy"]) == (str(epoch), str(4 * epoch), "", "")
-        assert float(row["lr"]) == pytest.approx(lr, rel=1e-5)
-        assert float(row["images_per_second"]) == pytest.approx(30 / float(row["seconds"]), rel=0.5)
-        assert line == (f"epoch {epoch}/2  training loss {float(row['train_loss']):.4f}, accuracy "
-                        f"{float(row['train_accuracy']):.2f}%  test loss {float(row['test_loss']):.4f}, accuracy "
-                        f"{float(row['test_accuracy']):.2f}%  lr {lr:.4g}  {float(row['images_per_second']):.0f} "
-                        "images/s")
+        numbers = {name: float(value) for name, value in row.items() if value}
+        assert numbers.keys() == row.keys() - {"val_loss", "val_accuracy"}
+        assert (numbers["epoch"], numbers["step"], numbers["lr"]) == (epoch, 4 * epoch, pytest.approx(lr, rel=1e-5))
+        assert numbers["images_per_second"] == pytest.approx(30 / numbers["seconds"], rel=0.5)
+        assert line == ("epoch {epoch:.0f}/2  training loss {train_loss:.4f}, accuracy {train_accuracy:.2f}%  test "
+                        "loss {test_loss:.4f}, accuracy {test_accuracy:.2f}%  lr {lr:.4g}  {images_per_second:.0f} "
+                        "images/s").format(**numbers)
     accuracies = [float(row["test_accuracy"]) for row in rows]
     best = accuracies.index(max(accuracies))
     assert lines[7] == (f"test accuracy: last epoch {accuracies[-1]:.2f}%, best {accuracies[best]:.2f}% "
@@ -313,6 +270,17 @@ def test_lines_and_metrics(run, tmp_path, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert (results["best_epoch"], results["best_accuracy"]) == (best + 1, accuracies[best])
     assert results["last_accuracy"] == results["test_accuracy"] == accuracies[-1]
+    assert results["machines"] == [results["device"]] == [hardware.describe(torch.device("cpu"))]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for flags in (["--resume", "auto"], ["--resume", str(folder)]):  # `make train` again
+        assert run(*flags) == 0
+        again = capsys.readouterr().out.splitlines()
+        assert again[0] == f"this run is finished: {folder / 'results.json'}" and again[1:4] == lines[7:]
+        assert f"--init-from {folder / 'best.pt'} --output-dir NEW" in again[4] and len(again) == 5
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run("--epochs", "1", "--limit-train", "8", "--se", "none", folder="one") == 0
+    printed = capsys.readouterr().out
+    assert "model   ResNet [1, 1]" in printed and "recipe  1 epoch of 1 step," in printed and "\n1 s, " in printed
 
 
 def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkeypatch):
@@ -324,6 +292,16 @@ def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkey
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["test_weights"], results["selected_on"], results["best_epoch"]) == ("best", "validation", 1)
     assert all(row["test_loss"] is row["test_accuracy"] is None for row in runs.read(tmp_path / "run")["history"])
+
+
+def test_a_run_in_a_thread(run, tmp_path, unbroken):
+    """As in a notebook; Python handles signals only in the main thread."""
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(run()))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+    runs.assert_same_run(tmp_path / "run", unbroken)
 
 
 def test_on_a_terminal_a_bar_gives_way_to_the_line_of_the_epoch(run, monkeypatch):
@@ -348,13 +326,7 @@ def test_a_signal_stops_the_run_and_the_printed_command_resumes_it(number, run, 
     assert printed.err == "\nSaving after this step, then stopping. Press Ctrl-C again to quit without saving.\n"
     place, command = re.search("\nstopped in (.*), all saved; resume with: (.*)\n$", printed.out).groups()
     assert place == "epoch 1 after step 2" and runs.read(tmp_path / "a run")["step"] == 2
-    if number == signal.SIGINT:  # once, as it takes seconds, and into a pipe that is closed early
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True,
-                              env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
-        assert (done.returncode, done.stderr.decode()) == (0, "")
-    else:
-        assert run(*shlex.split(command)[2:]) == 0
+    assert run(*shlex.split(command)[2:]) == 0
     runs.assert_same_run(tmp_path / "a run", unbroken)
 
 
@@ -380,57 +352,25 @@ def test_loader_workers_leave_signals_to_the_main_process(method, paused, tmp_pa
 
 
 @runs.needs_fork
-def test_a_second_signal_ends_the_process_and_leaves_good_files(paused, run, tmp_path, unbroken):
-    child = paused("--save-minutes", "0")
-    child.signal(signal.SIGINT)
-    runs.wait_for(lambda: "Press Ctrl-C again" in child.output())
-    time.sleep(0.6)  # two within half a second count as one
-    child.signal(signal.SIGINT)
-    assert child.wait() == -signal.SIGINT  # what a shell shows as 130
-    assert runs.read(tmp_path / "run")["step"] == 2
-    assert run("--resume") == 0
-    runs.assert_same_run(tmp_path / "run", unbroken)
-
-
-def break_pipes_after(epoch: int, step: int, marker: Path) -> None:
-    """Pause at the end of a step, with output to pipes that no one reads any more."""
-    runs.at_step(epoch, step, lambda *_: runs.break_pipes())
-    runs.pause_after(epoch, step, marker)
-
-
-def break_pipes_late(marker: Path) -> None:
-    """Pause in the evaluation after each epoch; then output goes to pipes that no one reads any more."""
-    runs.pause_before("evaluate", "predict_logits", marker, runs.break_pipes)
-
-
-@runs.needs_fork
-@pytest.mark.parametrize("prepare, args, saved", [(break_pipes_after, (0, 3), (0, 3)), (break_pipes_late, (), (1, 1))])
-def test_a_signal_ends_a_run_whose_output_is_closed(prepare, args, saved, paused, tmp_path):
+def test_a_signal_ends_a_run_whose_output_is_closed(paused, tmp_path):
     """In `train.py 2>&1 | tee log`, Ctrl-C ends tee first."""
-    child = paused(prepare=prepare, args=args)
+    child = paused(prepare=runs.break_pipes_after)
     child.signal(signal.SIGINT)
     (tmp_path / "marker").unlink()
-    assert child.wait() == 130
-    assert (runs.read(tmp_path / "run")["epoch"], runs.read(tmp_path / "run")["step"]) == saved
+    assert child.wait() == 130 and runs.read(tmp_path / "run")["step"] == 3
 
 
 # --- failed saves ----------------------------------------------------------------------------------------------------
-
-
-def errors(text: str) -> list[str]:
-    """Return the lines that complain of something."""
-    return [line for line in text.splitlines() if re.search("error|warning|Traceback", line)]
 
 
 @runs.needs_fork
 def test_a_full_disk_fails_the_run_only_at_its_end(start, run, tmp_path, unbroken):
     child = start("--save-minutes", "0", prepare=runs.fill_disk, args=(0, 3))
     assert child.wait() == 1
-    last, best, error = errors(child.output())  # one line for each file, not for each of the saves
-    folder = tmp_path / "run"
-    assert last.startswith(f"warning: cannot save to {folder / 'last.pt'} (File too large); training continues")
-    assert best.startswith(f"warning: cannot save to {folder / 'best.pt'} (File too large); training continues")
-    assert error.startswith(f"train.py: error: cannot save to {folder / 'best.pt'} (File too large); ")
+    *warnings, error = (line for line in child.output().splitlines() if re.search("error|warning|Traceback", line))
+    reason = f"cannot save ({tmp_path / 'run' / 'last.pt'}: File too large); "
+    assert set(warnings) == {f"warning: {reason}training continues, the next save tries again"}
+    assert error == f"train.py: error: {reason}the files saved before are intact"
     assert "epoch 2/2  training" in child.output()
     assert runs.read(tmp_path / "run")["step"] == 2 and runs.read(tmp_path / "run", "previous.pt")["step"] == 1
     assert not list((tmp_path / "run").glob(".*.tmp"))
@@ -438,63 +378,35 @@ def test_a_full_disk_fails_the_run_only_at_its_end(start, run, tmp_path, unbroke
     runs.assert_same_run(tmp_path / "run", unbroken)
 
 
-@runs.needs_fork
-def test_a_removed_folder_fails_the_run_only_at_its_end(start, tmp_path):
-    child = start(prepare=runs.remove_folder, args=(0, 3))
-    assert child.wait() == 1 and "epoch 2/2  training" in child.output()
-    error, = errors(child.output())
-    assert f"train.py: error: cannot save to {tmp_path / 'run' / 'best.pt'} (No such file or directory); " in error
-
-
 @pytest.mark.parametrize("function", ["replace", "fsync"])
 def test_saving_works_again_after_some_failures(function, run, tmp_path, unbroken, monkeypatch, capsys):
-    original, train_step, bad = getattr(os, function), train.train_step, [(0, 2), (0, 3), (0, 4)]
+    original, calls = getattr(os, function), itertools.count()
 
-    def fail_at_times(*args):
-        if (state.epoch, state.step) in bad:
+    def fail_three_times(*args):
+        if next(calls) in (8, 9, 10):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*args)
 
-    def note_step(run, now, *batch):
-        nonlocal state
-        train_step(run, now, *batch)
-        state = now
-
-    state = train.Namespace(epoch=0, step=0)
-    monkeypatch.setattr(os, function, fail_at_times)
-    monkeypatch.setattr(train, "train_step", note_step)
+    monkeypatch.setattr(os, function, fail_three_times)
     assert run("--save-minutes", "0") == 0
-    assert capsys.readouterr().err == (f"warning: cannot save to {tmp_path / 'run' / 'last.pt'} (No space left on "
-                                       "device); training continues, the next save tries again\n")
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and re.fullmatch(r"warning: cannot save \(.*/run/\S+: No space left on device\); "
+                                               "training continues, the next save tries again", warnings[0])
     runs.assert_same_run(tmp_path / "run", unbroken)
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------
 
 
-def test_a_diverged_run_stops_spoils_nothing_and_is_not_restarted(run, tmp_path, unbroken, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", train.train_step)  # which runs.break_loss replaces
-        runs.break_loss(1, 1)
-        assert run("--save-minutes", "0") == 1
-    message = (f"the loss is not finite in epoch 2, step 2, at lr 0.003087; try a smaller --lr, or --precision fp32 "
-               f"(the last checkpoint is {tmp_path / 'run' / 'last.pt'})\n")
-    assert capsys.readouterr().err == f"train.py: error: {message}"
-    assert (tmp_path / "run" / "diverged.txt").read_text() == message
+def test_a_diverged_run_stops_and_spoils_nothing(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train_step", train.train_step)  # which runs.break_loss replaces
+    runs.break_loss(1, 1)
+    assert run("--save-minutes", "0") == 1
+    assert capsys.readouterr().err == (
+        "train.py: error: the loss is not finite in epoch 2, step 2, at lr 0.003087; try a smaller --lr, or "
+        f"--precision fp32 (the last checkpoint is {tmp_path / 'run' / 'last.pt'})\n")
     saved = runs.read(tmp_path / "run")
     assert (saved["epoch"], saved["step"]) == (1, 1)
-
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun starts it again
-    assert run("--resume", "auto") == 1
-    printed = capsys.readouterr()
-    assert printed.err == f"train.py: error: not restarted: {message}" and printed.out == ""
-    assert runs.difference(runs.read(tmp_path / "run"), saved) is None
-
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    runs.stop(run, "later", "--resume")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # for another reason: that it once diverged is past
-    assert run("--resume", "auto") == 0
-    runs.assert_same_run(tmp_path / "run", unbroken)
 
 
 @pytest.mark.parametrize("spoil", [

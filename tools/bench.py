@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import cifar10
 import data
+import evaluate
 import hardware
 import options
 import train
@@ -129,7 +130,8 @@ def loader_rate(loader: data.Loader, steps: int, use: Callable[[int], Any] | Non
 def whole_rate(run: Run, state: TrainState, steps: int) -> float:
     """Return images/s of the last `steps` steps of the next epoch, from the loader to the progress bar."""
     def use(first: int) -> None:
-        state.epoch, state.step, state.seconds, state.totals = state.epoch + 1, first, 0.0, state.zero_totals()
+        state.epoch, state.step, state.seconds = state.epoch + 1, first, 0.0
+        state.totals.zero_()
         train.train_one_epoch(run, state, Signals())
     return loader_rate(run.loader, steps, use)
 
@@ -223,7 +225,7 @@ def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path
         epoch = EPOCH / np.median(rows["this program, images/s"])
         rows = in_turns(repeats, {
             "evaluation of 10,000 images, s": lambda: TEST_SET / counts.test_images * seconds(
-                device, lambda: run.predict_logits(state, run.eval_split)),
+                device, lambda: evaluate.predict_logits(state.model, run.eval_split.images, device, run.precision)),
             "save, s": lambda: seconds(device, lambda: train.save(run, state, must_succeed=True))})
         yield "epoch", {"training on 50,000 images, s": [epoch], **rows,
                         "evaluation, % of an epoch": 100 / epoch * rows["evaluation of 10,000 images, s"]}
