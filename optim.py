@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, name: str, steps_per_epoch
     return scheduler
 
 
+@cache  # the 78,200 steps of the default run take a second
 def schedule_lrs(name: str, lr: float, steps_per_epoch: int, epochs: int, warmup_epochs: float) -> np.ndarray:
     """Return the learning rate at every step of a whole run, (epochs * steps_per_epoch,) float64, for plots."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr, momentum=0.9)

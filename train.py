@@ -32,7 +32,7 @@ import plots
 from checkpoint import COLUMNS, RunFolder, TrainState, describe_results, find_run, load_weights, print_if_finished
 from distributed import World, on_every_rank, on_main_rank
 from optim import schedule_lrs, update_ema
-from utils import RunError, Signals, plural, print_line, reason, warn, write_text
+from utils import RunError, Signals, duration, plural, print_line, reason, warn, write_text
 
 
 @dataclass
@@ -51,6 +51,8 @@ class Run:
     compiled_forward: Callable[..., tuple[Tensor, Tensor]] | None = None  # for full batches
     environment: dict[str, Any] | None = None  # what exact continuation depends on
     logits: Tensor | None = None  # of the last evaluation in this process
+    drawn_at: float = -math.inf  # when the last pictures were drawn
+    printed_at: float = 0.0  # when the last line of progress was printed
 
     @property
     def selected_on(self) -> str:
@@ -131,7 +133,7 @@ def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None
     """Train to the end of the current epoch, saving when it is due; return an exit status if a signal stops the run."""
     args, steps = run.args, len(run.loader)
     every = 1 if run.device.type == "cpu" else args.log_interval  # reading the sums synchronizes with a GPU
-    start = time.perf_counter() - state.seconds
+    start, run.printed_at = time.perf_counter() - state.seconds, time.perf_counter()
     state.model.train()
     with tqdm(total=steps, initial=state.step, desc=f"epoch {state.epoch + 1}/{args.epochs}", leave=False,
               bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
@@ -223,15 +225,28 @@ def check_signals(run: Run, state: TrainState, signals: Signals) -> list[int]:
 
 
 def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
-    """Update the progress bar and `state.seconds`; stop a run that has diverged."""
+    """Update `state.seconds` and the progress bar, or without a terminal print a line; stop a run that has diverged."""
     count = min(state.step * run.args.batch_size, len(run.loader.targets))
     loss, accuracy = train_metrics(run, state, count)
-    state.seconds = time.perf_counter() - start
-    rate = count / state.seconds
-    bar.set_postfix_str(f"loss {loss:.3f}, acc {accuracy:.2f}%, lr {state.lr:.3g}, {rate:.0f} images/s", refresh=False)
+    now = time.perf_counter()
+    state.seconds = now - start
+    text = (f"{duration(seconds_left(run, state, count))} left: loss {loss:.3f}, accuracy {accuracy:.2f}%, "
+            f"lr {state.lr:.3g}, {count / state.seconds:.0f} images/s")
+    bar.set_postfix_str(text, refresh=False)
     bar.update(state.step - bar.n)
     if not math.isfinite(loss):
         raise_diverged(run, state, "the loss")
+    if bar.disable and run.world.is_main and now - run.printed_at >= 60:
+        print_line(f"epoch {state.epoch + 1}/{run.args.epochs}, step {state.step} of {len(run.loader)}, {text}")
+        run.printed_at = now
+
+
+def seconds_left(run: Run, state: TrainState, count: int) -> float:
+    """Estimate the time to the end of the run: every epoch at the pace of this one, and an evaluation."""
+    size, row = len(run.loader.targets), state.history[-1] if state.history else None
+    # as a fraction of the epoch's training; at first, since a forward pass takes a third of a step, from the sizes
+    evaluation = row["seconds"] * row["images_per_second"] / size - 1 if row else len(run.eval_split.targets) / size / 3
+    return ((run.args.epochs - state.epoch) * (1 + evaluation) - count / size) * state.seconds * size / count
 
 
 def train_metrics(run: Run, state: TrainState, count: int) -> tuple[float, float]:
@@ -283,12 +298,13 @@ def save(run: Run, state: TrainState, must_succeed: bool = False) -> None:
 
 @on_main_rank
 def write(run: Run, state: TrainState, content: dict[str, Any], must_succeed: bool) -> None:
-    """Write a checkpoint, and draw the pictures."""
+    """Write a checkpoint; pictures at the end, on a signal, and at most every five minutes, as they take a second."""
     content |= {"args": options.saved_args(run.args), "classes": run.eval_split.classes, "environment": run.environment}
     try:
         run.folder.save(content)
-        if run.logits is not None:
+        if run.logits is not None and (must_succeed or time.monotonic() - run.drawn_at >= 300):
             draw_curves(run, state)
+            run.drawn_at = time.monotonic()
     except Exception as error:  # OSError, and whatever a missing or broken matplotlib raises
         if must_succeed:
             raise RunError(f"cannot save ({reason(error)}); the files saved before are intact") from error

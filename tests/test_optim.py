@@ -58,6 +58,7 @@ def test_fused_where_torch_has_it_for_the_device(name):
 def test_every_schedule_is_above_0_in_runs_of_few_steps(name, epochs):
     lrs = schedule_lrs(name, 0.1, 1, epochs, 0)
     assert len(lrs) == epochs and all(0 < lr <= 0.1 + 1e-12 for lr in lrs)
+    assert lrs is schedule_lrs(name, 0.1, 1, epochs, 0)  # computed once
 
 
 @pytest.mark.parametrize("steps_per_epoch, epochs", [(98, 40), (7, 5), (1, 3), (5, 1)])

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ import sys
 import threading
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -23,6 +25,7 @@ import torch
 from conftest import one_by_one
 from torch import nn
 
+import checkpoint
 import data
 import evaluate
 import hardware
@@ -294,6 +297,50 @@ def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkey
     assert all(row["test_loss"] is row["test_accuracy"] is None for row in runs.read(tmp_path / "run")["history"])
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for the 5 s of a step and the 100 s of an evaluation."""
+    now, train_step, predict_logits = [0.0], train.train_step, evaluate.predict_logits
+    for module in (train, checkpoint):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0]))
+
+    def take(seconds, function):
+        def take_and_call(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+        return take_and_call
+    monkeypatch.setattr(train, "train_step", take(5, train_step))
+    monkeypatch.setattr(evaluate, "predict_logits", take(100, predict_logits))
+    return now
+
+
+STEPS = ["--batch-size", "1", "--epochs", "3"]  # 30 steps, 150 s and an evaluation of 100 s
+
+
+def test_without_a_terminal_a_line_a_minute_tells_the_time_left(run, clock, capsys):
+    runs.stop(run, "later", *STEPS)
+    lines = capsys.readouterr().out.splitlines()[5:]
+    assert [line.partition(":")[0] for line in lines if " left: " in line] == [
+        # at first, an evaluation of 20 images is taken for a third of training on as many
+        "epoch 1/3, step 12 of 30, 8 min left", "epoch 1/3, step 24 of 30, 7 min left"]
+    assert re.fullmatch(r"epoch 1/3, .*left: loss \d\.\d{3}, accuracy \d+\.\d\d%, lr 0\.\d+, 0 images/s", lines[0])
+    assert run("--resume") == 0  # after step 2 of the second epoch
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if " left: " in line] == [
+        "epoch 2/3, step 14 of 30, 7 min left", "epoch 2/3, step 26 of 30, 6 min left",
+        "epoch 3/3, step 12 of 30, 3 min left", "epoch 3/3, step 24 of 30, 2 min left"]
+
+
+def test_pictures_at_most_every_five_minutes_on_a_signal_and_at_the_end(run, clock, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "draw_curves", lambda run, state: drawn.append((state.epoch, state.step, clock[0])))
+    runs.stop(run, "later", *STEPS, folder="stopped")
+    assert drawn == [(1, 1, 255), (1, 2, 260)]
+    drawn.clear()
+    clock[0] = 0
+    assert run(*STEPS) == 0  # saves every minute, after 12 steps
+    assert drawn == [(1, 1, 255), (2, 13, 565), (3, 0, 750)]
+
+
 def test_a_run_in_a_thread(run, tmp_path, unbroken):
     """As in a notebook; Python handles signals only in the main thread."""
     statuses = []
@@ -309,9 +356,11 @@ def test_on_a_terminal_a_bar_gives_way_to_the_line_of_the_epoch(run, monkeypatch
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(train, "tqdm", functools.partial(train.tqdm, mininterval=0))
     assert run() == 0
     assert re.findall(r"\repoch (\d)/2 +0%\|.*?\r +\r(epoch \d)/2  training loss", terminal.getvalue(), re.DOTALL) == [
         ("1", "epoch 1"), ("2", "epoch 2")]
+    assert " s left: loss " in terminal.getvalue()
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
