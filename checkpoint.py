@@ -56,8 +56,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
-            if any(entry.external_attr & 16 for entry in archive.infolist()):  # of these torch.load reads nothing
-                raise ValueError("a record is marked as a folder")
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if all(isinstance(value, Tensor) for value in checkpoint.values()):  # a plain state_dict

@@ -204,12 +204,12 @@ def train_and_record(run, monkeypatch, tmp_path):
 
     def step(run, state, *batch):
         before = state.totals.clone()
-        if not run.is_cpu:
+        if run.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
             train_step(run, state, *batch)
         finally:
-            if not run.is_cpu:
+            if run.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
         losses.append((state.totals - before)[0].item() / len(batch[1]))
 

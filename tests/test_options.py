@@ -75,9 +75,10 @@ def test_help_and_mistakes_do_not_wait_for_torch(flag, status, tmp_path):
     assert done.returncode == status and (done.stdout + done.stderr).startswith(("usage: ", "train.py: error: ")), done
 
 
-def test_summary(capsys):
-    assert train.main(["--summary"]) == 0
-    assert "Total params: 4,697,742" in capsys.readouterr().out
+@pytest.mark.parametrize("flags, count", [([], "4,697,742"), (["--channels", "8"], "74,667")])
+def test_summary_also_where_the_channels_lower_the_default_reduction(flags, count, capsys):
+    assert train.main(["--summary", *flags]) == 0
+    assert f"Total params: {count}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
@@ -99,12 +100,6 @@ def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypat
         "epochs": 3, "output_dir": "my runs/it's # one", "seed": 7, "num_blocks": [2, 2], "ema": 0.9,
         "data_dir": "/home/me/data", "init_from": "/home/me/x.pt"}
     assert options.parse_args(["@recipes/fast.txt"])[1]["epochs"] == 10  # from any folder
-
-
-def test_fewer_channels_lower_the_default_reduction(capsys):
-    assert options.parse_args(["--channels", "8"])[0].se_reduction == 8
-    assert train.main(["--channels", "8", "--summary"]) == 0
-    assert "Total params:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, words", [
