@@ -107,9 +107,8 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.scaler.scale(torch.zeros((), device=self.device))  # creates its tensors; the first step may have no image
         self.epoch = self.step = 0  # finished epochs, and finished steps of the current one
-        # running sums of loss and correct predictions; float64 where the device has it
-        kind = torch.float32 if self.device.type == "mps" else torch.float64
-        self.totals = torch.zeros(2, device=self.device, dtype=kind)
+        kind = torch.float32 if self.device.type == "mps" else torch.float64  # which MPS lacks
+        self.totals = torch.zeros(2, device=self.device, dtype=kind)  # sums of loss and correct predictions
         self.seconds = 0.0  # of training in the current epoch
         self.lr = self.scheduler.get_last_lr()[0]  # of the last step
         self.history: list[dict[str, Any]] = []  # rows of metrics.csv

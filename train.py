@@ -148,7 +148,6 @@ def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None
                 start = time.perf_counter() - state.seconds  # saving is not training
             if status:
                 return status
-    return None
 
 
 def train_step(run: Run, state: TrainState, inputs: Tensor, targets: Tensor, *mix: Tensor) -> None:
@@ -336,7 +335,7 @@ def describe(run: Run, state: TrainState) -> str:
     """Return the start-up lines."""
     args, env, loader, count = run.args, run.environment, run.loader, models.count_parameters(state.model)
     units = plural(env["threads"], "thread") if env["threads"] and env["ranks"] == 1 else plural(env["ranks"], "rank")
-    start = f"resumed in epoch {state.epoch + 1} after step {state.step}" if state.epoch or state.step else "new run"
+    start = f"resumed {place(run, state)}" if state.epoch or state.step else "new run"
     return (f"device  {hardware.describe(run.device)}, {run.precision}, {units}, "
             f"{'compiled' if env['compile'] else 'not compiled'}\n"
             f"model   {'ResNet' if args.se == 'none' else 'SE-ResNet'} {args.num_blocks}, {count:,} parameters\n"
@@ -347,14 +346,18 @@ def describe(run: Run, state: TrainState) -> str:
             f"folder  {run.folder.path} ({start})")
 
 
+def place(run: Run, state: TrainState) -> str:
+    """Return where a run is, in words."""
+    at_end = state.epoch == run.args.epochs
+    return "after the last epoch" if at_end else f"in epoch {state.epoch + 1} after step {state.step}"
+
+
 def print_stopped(run: Run, state: TrainState, status: int) -> int:
     """Print where a signal stopped the run, and the command that resumes it; return the exit status."""
     if run.world.is_main:
         launcher = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.local_size}"
         command = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run.folder.path))}"
-        place = f"in epoch {state.epoch + 1} after step {state.step}"
-        print_line(f"stopped {place if state.epoch < run.args.epochs else 'after the last epoch'}, all saved; "
-                   f"resume with: {command}")
+        print_line(f"stopped {place(run, state)}, all saved; resume with: {command}")
     return status
 
 

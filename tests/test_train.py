@@ -383,6 +383,7 @@ def test_a_signal_in_the_last_evaluation(number, status, run, tmp_path, capsys):
     assert "stopped after the last epoch, all saved; resume with: " in capsys.readouterr().out
     assert runs.read(tmp_path / "run")["epoch"] == 1 and not (tmp_path / "run" / "results.json").exists()
     assert run("--resume") == 0
+    assert "(resumed after the last epoch)" in capsys.readouterr().out
     assert (tmp_path / "run" / "results.json").exists()
 
 
