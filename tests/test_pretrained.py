@@ -1,0 +1,63 @@
+"""checkpoints/pretrained.pt: the right weights, and the numbers that the documents give for them."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import synthetic
+from augment import to_input
+from checkpoint import load_checkpoint
+from evaluate import load_checkpoint_model
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE, RUN = ROOT / "checkpoints/pretrained.pt", ROOT / "results/forty"
+# Of the first three generated test images, in fp32.
+LOGITS = [[2.714, -0.662, -0.938, -0.090, -0.500, -0.368, 2.418, -0.896, -1.219, -0.448],
+          [1.381, -0.072, 1.797, -0.166, -1.177, -0.822, -1.675, -0.837, 1.187, 0.390],
+          [-1.065, -1.126, 1.692, 1.247, -0.904, -1.451, 2.038, -1.252, 1.651, -0.824]]
+
+
+def test_the_file_is_the_one_that_was_measured():
+    corruptions = json.loads((RUN / "corruptions.json").read_text())
+    assert hashlib.sha256(FILE.read_bytes()).hexdigest() == corruptions["settings"]["sha256"]
+
+
+def test_its_logits_are_the_stored_ones():
+    images = torch.from_numpy(synthetic.make_images(10, 0, 0)[0][:3])
+    with torch.no_grad():
+        logits = load_checkpoint_model(FILE)[0](to_input(images))
+    torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=0, atol=2e-3)
+
+
+def test_it_is_the_last_epoch_of_the_run():
+    shipped, settings = load_checkpoint(FILE), json.loads((RUN / "args.json").read_text())
+    assert shipped["epoch"] == settings["epochs"]  # not an epoch that the test set has selected
+    assert shipped["args"] == {name: settings[name] for name in shipped["args"]}
+
+
+def test_the_documents_give_the_results_of_the_run():
+    results = json.loads((RUN / "results.json").read_text())
+    *_, last = csv.DictReader((RUN / "metrics.csv").open())
+    assert float(last["test_accuracy"]) == results["last_accuracy"] == results["test_accuracy"]
+    card, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/model-card.md", "README.md"))
+    tta, = re.findall(r"\| `pretrained.pt`, fp32 \| [\d.]+% \| ([\d.]+%) \|", card)
+    assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% |" in card
+    row = next(line for line in readme.splitlines() if line.startswith("| `@recipes/forty.txt`"))
+    assert [cell.strip(" *") for cell in row.split("|")[2:5]] == [
+        f"{results['last_accuracy']:.2f}%", tta, str(results["epochs"])]
+    mean = json.loads((RUN / "corruptions.json").read_text())["mean"]
+    assert f"**{mean:.2f}%**" in card
+
+
+@pytest.mark.skipif("CIFAR10" not in os.environ, reason="needs CIFAR10=DIR, a folder with CIFAR-10")
+def test_accuracy_on_the_real_test_set(capsys):
+    assert evaluate.main([str(FILE), "--data-dir", os.environ["CIFAR10"]]) == 0
+    accuracy, = re.findall(r"test accuracy ([\d.]+)%, loss [\d.]+, 10,000 images", capsys.readouterr().out)
+    assert float(accuracy) >= 94.5
