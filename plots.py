@@ -28,9 +28,9 @@ def new_figure(width: float, height: float):
     return figure
 
 
-def save(figure, path: str | Path):
-    """Write a figure as a PNG at 150 dpi and return it."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+def save(figure, path: str | Path, dpi: int = 150):
+    """Write a figure as a PNG and return it."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
     return figure
 
 
@@ -51,6 +51,7 @@ def style_curves(axes, title: str, loss: bool = False) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=MUTED, length=0, pad=5)
     axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
     values = [line.get_ydata() for panel in axes.get_shared_y_axes().get_siblings(axes) for line in panel.lines]
     if loss and values:
@@ -96,9 +97,10 @@ def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, settings: di
     axes["lr"].set_ylim(0)
     axes["lr"].locator_params(axis="y", nbins=3)
     axes["lr"].yaxis.set_major_formatter("{x:g}")
-    names = ("label_smoothing", "trivial_augment", "mixup", "cutmix", "dropout")
-    used = ", ".join(name.replace("_", " ") for name in names if settings.get(name))
-    notes = [f"Training is measured with {used}, evaluation without."] if used else []
+    names = {"label_smoothing": "label smoothing", "trivial_augment": "TrivialAugment", "mixup": "MixUp",
+             "cutmix": "CutMix", "dropout": "dropout"}
+    used = ", ".join(label for name, label in names.items() if settings.get(name))
+    notes = [f"Training is measured with {used}; evaluation without."] if used else []
     notes += ["Evaluation uses the averaged weights."] if settings.get("ema") else []
     figure.supxlabel(" ".join(notes), x=0.0125, ha="left", color=MUTED, fontsize=9.5)  # why training may look worse
     return save(figure, path)
@@ -158,4 +160,4 @@ def draw_images(images: np.ndarray, captions: Sequence[str], predictions: Sequen
         style = {"ha": "center", "va": "top", "fontsize": 9.5, "parse_math": False}
         axes.text(15.5, 32.8, caption, color=INK, **style)
         axes.text(15.5, 37, f"{prediction[:14]} {100 * probability:.1f}%", color=PALETTE[1], **style)
-    return save(figure, path)
+    return save(figure, path, dpi=100)

@@ -139,7 +139,7 @@ def test_a_run_draws_its_pictures_and_says_how_training_is_measured(run_train, t
     drawn, draw_curves = [], plots.draw_curves
     monkeypatch.setattr(plots, "draw_curves", lambda *args: drawn.append(draw_curves(*args)))
     assert run_train("--epochs", "2", "--label-smoothing", "0.1") == 0
-    assert drawn[-1].get_supxlabel() == "Training is measured with label smoothing, evaluation without."
+    assert drawn[-1].get_supxlabel() == "Training is measured with label smoothing; evaluation without."
     assert {path.stem for path in tmp_path.glob("run/*.png")} == {"confusion", "curves", "mistakes", "reliability"}
 
 
