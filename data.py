@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import augment
 import cifar10
@@ -203,9 +203,14 @@ class WorkersLoader(Loader):
     def load(self, params: augment.Params, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         rows = zip(*(field.tolist() for field in params), strict=True)
         self.batches[:] = [list(itertools.islice(rows, size)) for size in sizes]
-        for inputs, targets in self.loader:
-            yield (inputs.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last),
-                   targets.to(self.device, non_blocking=True))
+        is_pinned = self.loader.pin_memory  # otherwise MPS may read memory that is used again (pytorch issue 189690)
+        try:
+            for inputs, targets in self.loader:
+                inputs = inputs.to(self.device, non_blocking=is_pinned)
+                yield (inputs.contiguous(memory_format=torch.channels_last),
+                       targets.to(self.device, non_blocking=is_pinned))
+        except (ConnectionError, EOFError) as error:  # torch reports others itself
+            raise RuntimeError(f"DataLoader worker (pid unknown) was killed while it sent a batch ({error})") from error
 
     def close(self) -> None:
         iterator = self.loader._iterator  # there is no public way to stop persistent workers
@@ -252,12 +257,11 @@ class ImageDataset(Dataset):
         return image, self.targets[index]
 
 
-def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def collate(items: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
     """Stack a batch; it can be empty where there are more ranks than images left."""
     if not items:
         return torch.empty(0, 3, augment.SIZE, augment.SIZE), torch.empty(0, dtype=torch.int64)
-    images, targets = zip(*items, strict=True)
-    return torch.stack(images), torch.stack(targets)
+    return default_collate(items)  # in shared memory: sending would fail in a thread, and leave the run waiting
 
 
 def ignore_signals(_: int) -> None:

@@ -3,24 +3,39 @@
 import contextlib
 import functools
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import RunError, UserError
+from utils import STOP_SIGNALS, RunError, UserError
 
 
 @contextlib.contextmanager
-def _collective() -> Iterator[None]:
+def _collective(problem: str = "lost contact with another rank",
+                way_out: str = "the saved checkpoint is intact, continue with --resume") -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo's errors have no type of their own, so every collective passes through here
-        raise RunError(f"lost contact with another rank ({str(error).splitlines()[0]:.120}); the saved checkpoint is "
-                       "intact, continue with --resume") from error
+        reason = (str(error).strip().splitlines() or [""])[-1]  # NCCL puts versions and places before it
+        raise RunError(f"{problem} ({reason:.200}); {way_out}") from error
+
+
+@functools.cache
+def _gpu_group() -> dist.ProcessGroup | None:
+    """Make the group for GPU tensors, at their first collective: NCCL binds the device, which is selected by then."""
+    if not dist.is_nccl_available():
+        return None  # the default group, gloo
+    # a rank that is gone ends the others after this time: they wait on the GPU, where no closed connection shows
+    return dist.new_group(backend="nccl", timeout=timedelta(minutes=10),
+                          device_id=torch.device("cuda", torch.cuda.current_device()))
 
 
 class World(NamedTuple):
@@ -40,7 +55,7 @@ class World(NamedTuple):
         """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             with _collective():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=_gpu_group() if tensor.is_cuda else None)
         return tensor
 
     def max(self, values: list[int]) -> list[int]:
@@ -64,7 +79,7 @@ class World(NamedTuple):
         """Overwrite tensors by those of rank 0."""
         for tensor in tensors if self.size > 1 else []:
             with _collective():
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=0, group=_gpu_group() if tensor.is_cuda else None)
 
     def run(self, action: Callable[[], Any], only_main: bool = False) -> Any:
         """Run an action on every rank, or on rank 0 alone, and wait; an error on one of them ends all.
@@ -106,19 +121,28 @@ on_main_rank = functools.partial(on_every_rank, only_main=True)  # only rank 0 e
 
 
 def start() -> World:
-    """Join the other ranks, if there are any: NCCL for GPU tensors, gloo for the rest."""
+    """Join the other ranks, if there are any."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
+    place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    # let signals end the process: Python's handlers do not run while torch waits for other ranks
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK is {rank} and WORLD_SIZE is {size}")
+        with _collective(f"cannot meet the other ranks at {place}", "if it is in use, choose another MASTER_PORT"):
+            store, *_ = next(dist.rendezvous("env://"))
+            # torchrun's store survives a restart, with the addresses of killed ranks: each restart needs its own prefix
+            store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        hosts = World(rank, size=size).gather(socket.gethostname())  # works with every launcher
     except ValueError as error:  # srun and mpirun may set the ranks but no address
-        raise UserError(f"RANK and WORLD_SIZE are set, but the rendezvous settings are incomplete ({error}); use "
-                        "torchrun, set MASTER_ADDR and MASTER_PORT, or unset RANK for a single process") from error
-    # torchrun's store survives a restart, with the addresses of killed ranks: each restart needs its own prefix
-    store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    hosts = World(rank, size=size).gather(socket.gethostname())  # works with every launcher
+        raise UserError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet ({error}); use torchrun, set all of "
+                        "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset RANK for a single process") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return World(rank, hosts[:rank].count(hosts[rank]), size, hosts.count(hosts[rank]))
 
 
@@ -131,6 +155,7 @@ def stop() -> None:
     """Leave the other ranks, at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _gpu_group.cache_clear()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -140,9 +165,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     have no image.
     """
     parameters = list(parameters)
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    message = world.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    parts = message.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    # In the order of the memory, or channels_last gradients would be copied element by element. It is the same on all
+    # ranks: autograd gives a gradient the strides of its parameter.
+    flat = [parameter.grad.as_strided((parameter.numel(),), (1,)) for parameter in parameters]
+    message = world.sum(torch.cat(flat))
+    torch._foreach_copy_(flat, message.split([part.numel() for part in flat]))

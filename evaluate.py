@@ -1,9 +1,9 @@
 """Evaluate a network: logits, loss, accuracy, precision, recall, calibration. As a program: evaluate a checkpoint."""
 
-from utils import exit_on_signals, program
+from utils import program, set_up_process
 
 if __name__ == "__main__":
-    exit_on_signals()  # before torch is imported, which takes seconds
+    set_up_process()  # before torch is imported, which takes seconds
 
 import sys
 from collections.abc import Iterable, Sequence

@@ -1,9 +1,9 @@
 """Label images: a pickled test set without labels, or image files. From Python: `load_model`."""
 
-from utils import exit_on_signals, program
+from utils import program, set_up_process
 
 if __name__ == "__main__":
-    exit_on_signals()  # before torch is imported, which takes seconds
+    set_up_process()  # before torch is imported, which takes seconds
 
 import csv
 import io

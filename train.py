@@ -1,10 +1,10 @@
 """Train the SE-ResNet on CIFAR-10 (`train.py --help`): main, train, train_one_epoch, train_step, then helpers."""
 
 import options
-from utils import exit_on_signals, program
+from utils import program, set_up_process
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
-    exit_on_signals()
+    set_up_process()
     options.parse_args()  # answers --help and mistakes
 
 import contextlib

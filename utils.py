@@ -29,6 +29,16 @@ class RunError(Exception):
     """A failed run. The programs print it in one line and exit with status 1."""
 
 
+# Failures that torch raises as RuntimeError: where the reason begins in their text, and the way out.
+WAYS_OUT = {
+    "out of memory": "choose a smaller --batch-size, or another --device",
+    "DefaultCPUAllocator": "choose a smaller --batch-size",
+    "DataLoader worker (pid": "load without worker processes (--workers 0); --resume continues a saved run",
+    "unable to allocate shared memory": "load without worker processes (--workers 0), or make /dev/shm larger (in "
+                                        "Docker: --shm-size)",
+}
+
+
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
@@ -78,22 +88,27 @@ def program(name: str) -> Callable:
     def decorate(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(*args: Any) -> int:
-            import torch  # already loaded by every program
-
             try:
                 return main(*args)
             except KeyboardInterrupt:
                 print_line("interrupted", sys.stderr)
                 return 130
-            except (UserError, RunError, OSError, torch.OutOfMemoryError) as error:
+            except RuntimeError as error:
+                for start, way_out in WAYS_OUT.items():
+                    if start in str(error):
+                        cause = reason(error).rpartition(start)[2].partition("\n")[0].rstrip(" .")
+                        print_line(f"{name}: error: {start}{cause}; {way_out}", sys.stderr)
+                        return 1
+                raise
+            except (UserError, RunError, OSError) as error:
                 print_line(f"{name}: error: {one_line(reason(error))}", sys.stderr)
                 return 2 if isinstance(error, UserError) else 1
         return run
     return decorate
 
 
-def exit_on_signals() -> None:
-    """Exit with one line on Ctrl-C, SIGTERM or SIGHUP, also while torch is being imported."""
+def set_up_process() -> None:
+    """Prepare the process, before torch is imported: signals exit with one line, and torch's threads sleep in waits."""
     def leave(number: int, _: object) -> NoReturn:
         if number == signal.SIGINT:
             print_line("interrupted", sys.stderr)
@@ -101,6 +116,8 @@ def exit_on_signals() -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
+    # Let torch's threads sleep while they wait: if they spin, they take the cores from each other on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

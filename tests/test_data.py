@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import re
 import time
 from collections import Counter
 
@@ -19,6 +20,7 @@ import options
 from distributed import World
 from utils import UserError
 
+small_data, start = runs.small_data, runs.start  # fixtures
 FLAGS = ("--augment", "--normalize", "--trivial-augment")
 ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1"]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method fork")
@@ -173,6 +175,37 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
         loader = data.build_loader(make_split(), args, torch.device("cpu"), World(0, 0, local_size, local_size))
         assert loader.loader.num_workers == expected
     assert type(data.build_loader(make_split(), parse(), torch.device("cpu"), World())) is data.DeviceLoader
+
+
+def kill_workers() -> None:
+    """Kill the workers at the end of a step, as the system does when memory runs out."""
+    runs.at_step(0, 1, lambda *_: [worker.kill() for worker in multiprocessing.active_children()])
+
+
+def fill_shared_memory() -> None:
+    """Let tensors in shared memory fail like in a Docker container with its default of 64 MB."""
+    def fail(*_, **__):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
+    torch.TypedStorage._new_shared = fail
+
+
+@needs_fork
+@pytest.mark.parametrize(("prepare", "line"), [
+    (kill_workers, r"DataLoader worker \(pid.*killed.*; .*--workers 0.*--resume"),
+    (fill_shared_memory, r"unable to allocate shared memory.*\(28\); .*--workers 0.*/dev/shm.*--shm-size")])
+def test_a_worker_that_fails_ends_the_run_with_one_line(start, prepare, line):
+    child = start("--workers", "2", prepare=prepare)
+    assert child.wait() == 1
+    errors = [text for text in child.output().splitlines() if re.match("Traceback|.*[Ee]rror|  ", text)]
+    assert len(errors) == 1 and re.match(f"train.py: error: {line}", errors[0]), child.output()
+
+
+def test_tensors_that_are_not_pinned_are_copied_at_once(monkeypatch):
+    """MPS would read memory that a worker already uses for the next batch."""
+    to, modes = torch.Tensor.to, []
+    monkeypatch.setattr(torch.Tensor, "to", lambda *args, **kwargs: modes.append(kwargs) or to(*args, **kwargs))
+    next(data.WorkersLoader(make_split(), parse(), "cpu", workers=0).epoch(0))
+    assert modes and not any(kwargs.get("non_blocking") for kwargs in modes)
 
 
 @needs_fork

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import datetime
 import math
 import os
 import re
@@ -15,7 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, Child, assert_same_run, at_step, break_loss, free_port, read, write_data
+from runs import SMALL, Child, assert_same_run, at_step, break_loss, free_port, read, wait_for, write_data
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,7 +31,7 @@ import options
 import train
 from checkpoint import RunFolder, TrainState
 from distributed import World
-from utils import Signals, UserError
+from utils import RunError, Signals, UserError, set_up_process
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
@@ -52,7 +54,7 @@ class InDouble(nn.Module):
     def __init__(self, args):
         super().__init__()
         torch.manual_seed(0)
-        self.network = options.build_model(args).double()
+        self.network = options.build_model(args).double().to(memory_format=torch.channels_last)  # as on most devices
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.network(inputs.double())
@@ -193,25 +195,69 @@ def test_local_rank_and_size_come_from_the_host_names(two, tmp_path):
     assert outputs == ["(0, 0, 3, 2)\n", "(1, 0, 3, 1)\n", "(2, 1, 3, 2)\n"]
 
 
-@pytest.mark.parametrize("has_nccl, expected", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
-def test_gpus_use_nccl_where_torch_has_it(has_nccl, expected, monkeypatch):
-    backends = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: has_nccl)
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: backends.append(backend))
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
-                        ("MASTER_PORT", free_port())):
-        monkeypatch.setenv(name, value)
-    assert distributed.start() == World() and backends == [expected]
+@pytest.mark.parametrize("has_nccl", [True, False])
+def test_gpu_tensors_use_nccl_where_torch_has_it_on_the_selected_device(has_nccl, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(dist, "new_group", lambda **kwargs: calls.append(kwargs) or "nccl group")
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(dist, name, lambda tensor, group, **_: calls.append((tensor.is_cuda, group)))
+    for is_cuda in (False, True):
+        World(0, 0, 2, 2).sum(SimpleNamespace(is_cuda=is_cuda))
+        World(0, 0, 2, 2).broadcast([SimpleNamespace(is_cuda=is_cuda)])
+    distributed._gpu_group.cache_clear()
+    made = [{"backend": "nccl", "timeout": datetime.timedelta(minutes=10), "device_id": torch.device("cuda", 3)}]
+    group = "nccl group" if has_nccl else None
+    assert calls == [(False, None), (False, None), *made * has_nccl, (True, group), (True, group)]
 
 
-def test_ranks_without_an_address_are_one_line(monkeypatch, flags, tmp_path, capsys):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", free_port())):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert train.main([*map(str, flags), "--output-dir", str(tmp_path)]) == 2
+@pytest.mark.parametrize(("changes", "status", "line"), [
+    ({"MASTER_ADDR": None}, 2, "RANK and WORLD_SIZE are set, but the ranks cannot meet .*MASTER_ADDR"),
+    ({"RANK": "1", "WORLD_SIZE": "1"}, 2, "RANK and WORLD_SIZE are set.*RANK is 1 and WORLD_SIZE is 1"),
+    ({"RANK": "first"}, 2, "RANK and WORLD_SIZE are set.*'first'"),
+    ({}, 1, "cannot meet the other ranks at 127.0.0.1:.*EADDRINUSE.*choose another MASTER_PORT")])
+def test_ranks_that_cannot_meet_are_one_line(changes, status, line, monkeypatch, flags, tmp_path, capsys):
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        settings = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(busy.getsockname()[1])} | changes
+        for name, value in settings.items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert train.main([*map(str, flags), "--output-dir", str(tmp_path)]) == status
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.match("train.py: error: RANK and WORLD_SIZE are set.*MASTER_ADDR", error)
+    assert error.count("\n") == 1 and re.match(f"train.py: error: {line}", error), error
+
+
+def handle_signals(rank: int, marker: Path) -> None:
+    """Handle signals in Python, as train.py does, and make a marker when the rank begins to wait."""
+    set_up_process()
+    rendezvous = dist.rendezvous
+    dist.rendezvous = lambda url: [marker.write_text(""), rendezvous(url)][1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("rank", "address"), [(0, "127.0.0.1"), (1, "no-such-host.invalid")])
+def test_a_signal_ends_a_rank_that_waits_for_the_others(number, rank, address, flags, tmp_path):
+    marker = tmp_path / "waiting"
+    child = Child([*map(str, flags)], tmp_path / "log", handle_signals, (rank, marker), RANK=str(rank), WORLD_SIZE="2",
+                  MASTER_ADDR=address, MASTER_PORT=free_port())
+    wait_for(marker.exists)
+    child.signal(number)
+    assert child.wait() == -number  # by the default action, and not by Python's handler
+
+
+@pytest.mark.parametrize(("error", "expected", "text"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), torch.OutOfMemoryError, "^CUDA out of memory"),
+    (dist.DistBackendError("NCCL error in: x.cpp:1\nncclSystemError: \nLast error:\nno route to host"), RunError,
+     r"lost contact with another rank \(no route to host\).*--resume")])
+def test_a_collective_that_fails_says_why(error, expected, text, monkeypatch):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    with pytest.raises(expected, match=text):
+        World(0, 0, 2, 2).sum(torch.zeros(1))
 
 
 # --- every end is that of all ranks ----------------------------------------------------------------------------------

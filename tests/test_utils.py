@@ -43,7 +43,7 @@ def test_a_signal_while_the_program_starts(number, line, status, tmp_path):
 
 @needs_posix
 def test_nohup_is_respected():
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import utils; utils.exit_on_signals(); "
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import utils; utils.set_up_process(); "
     code += "signal.raise_signal(signal.SIGHUP); print('alive')"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).stdout == b"alive\n"
 
@@ -61,6 +61,16 @@ def test_the_same_ctrl_c_delivered_twice_counts_once(monkeypatch):
     assert signals.stop == 130 and ended == [signal.SIGINT]
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_passively_unless_the_user_decides(given, expected, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(utils.signal, "signal", lambda *_: None)
+    utils.set_up_process()
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_run_without_a_stream(stream, run, unbroken, tmp_path, monkeypatch):
     """As with `>&-`, or without a console on Windows."""
@@ -73,8 +83,12 @@ def test_a_run_without_a_stream(stream, run, unbroken, tmp_path, monkeypatch):
     (utils.UserError("\x1b[1mtwo\x1b[0m\nlines\x07 \x9b2J"), "name: error: two lines 2J\n", 2),
     (utils.RunError("failed"), "name: error: failed\n", 1),
     (OSError(errno.ENOSPC, "No space", "args.json"), "name: error: args.json: No space\n", 1),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"), "name: error: CUDA out of memory\n",
-     1), (KeyboardInterrupt(), "interrupted\n", 130)], ids=lambda value: type(value).__name__)
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0"),
+     "name: error: out of memory; choose a smaller --batch-size, or another --device\n", 1),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+     "name: error: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes; choose a smaller "
+     "--batch-size\n", 1),
+    (KeyboardInterrupt(), "interrupted\n", 130)], ids=lambda value: type(value).__name__)
 def test_an_error_is_one_line_and_a_status(error, line, status, capsys):
     def body():
         raise error

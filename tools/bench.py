@@ -35,7 +35,7 @@ import train
 from checkpoint import RunFolder, TrainState
 from distributed import World
 from train import Run, train_step
-from utils import RunError, Signals, UserError, exit_on_signals, print_line, program, write_text
+from utils import RunError, Signals, UserError, print_line, program, set_up_process, write_text
 
 EPOCH, TEST_SET = 50_000, 10_000  # images
 EXTRAS = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add
@@ -307,5 +307,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_signals()
+    set_up_process()
     sys.exit(serve_published(*sys.argv[2:]) if sys.argv[1:2] == ["--published"] else main())

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 
 import options
 from tools import bench
-from utils import exit_on_signals, print_line, program
+from utils import print_line, program, set_up_process
 
 STEPS, VARIANTS = 20, ("base", "combo_kernels", "cudnn_benchmark_limit_0", "strong")
 
@@ -66,5 +66,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_signals()
+    set_up_process()
     sys.exit(main())
