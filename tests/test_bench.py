@@ -38,7 +38,11 @@ def results(tmp_path_factory) -> dict:
     file, before = tmp_path_factory.mktemp("bench") / "cpu.json", set(multiprocessing.active_children())
     with pytest.MonkeyPatch.context() as patch:
         set_up(patch)
-        assert bench.main(["--json", str(file), *TINY]) == 0
+        matmul, build, settings = torch.backends.cuda.matmul, bench.build, []
+        patch.setattr(bench, "build", lambda *args: settings.append(matmul.allow_tf32) or build(*args))
+        assert not matmul.allow_tf32 and bench.main(["--json", str(file), *TINY]) == 0
+        matmul.allow_tf32 = False
+    assert settings == [True, True]  # set before anything can be compiled, with or without the extras
     assert set(multiprocessing.active_children()) == before  # no worker is left
     return json.loads(file.read_text())
 
@@ -76,7 +80,7 @@ def test_all_sections_are_measured_and_values_follow_from_each_other(results):
     for row in rows.values():
         assert row["min"] <= row["median"] <= row["max"] and row["median"] == np.median(row["samples"])
         assert row["min"] > 0
-    assert {"device", "torch", "date", "cpu", "avx512", "cpu_bf16", "threads", "flags"} <= results["head"].keys()
+    assert {"device", "torch", "date", "cpu", "cpu_bf16", "threads", "flags"} <= results["head"].keys()
     assert " ".join(TINY) in results["head"]["flags"]
 
     ours, product, copy = (np.array(rows[name]["samples"]) for name in (

@@ -5,32 +5,39 @@ import re
 import pytest
 import torch
 from test_bench import TINY
+from torch import nn
 
+import train
 from tools import bench, profile_steps
 
 
 def test_variants_are_profiled_with_their_settings(monkeypatch, capsys):
-    built, build = [], bench.build
+    built, convolutions, steps, build, whole_rate = [], [], [], bench.build, bench.whole_rate
 
     def note(*args):
         run, state = build(*args)
         built.append((torch._inductor.config.combo_kernels, run.args.se, run.args.nesterov))
+        convolutions.append(sum(isinstance(layer, nn.Conv2d) for layer in state.model.modules()))
         return run, state
     monkeypatch.setattr(torch.backends.cudnn, "benchmark_limit", torch.backends.cudnn.benchmark_limit)
     monkeypatch.setattr(bench, "build", note)
+    monkeypatch.setattr(bench, "whole_rate", lambda *args: steps.append(args[-1]) or whole_rate(*args))
     monkeypatch.setattr(bench, "EPOCH", 80)  # two full batches
+    monkeypatch.setattr(profile_steps, "STEPS", 1)
+    monkeypatch.setattr(train.Run, "is_cpu", False)  # all steps of an epoch with TrivialAugment, which "strong" has
     monkeypatch.setattr(profile_steps.subprocess, "call", lambda command: profile_steps.main(command[2:]))
     with torch._inductor.config.patch(combo_kernels=False):  # restores it; monkeypatch would delete it
         assert profile_steps.main(["--variants", "base", "combo_kernels", "strong", *TINY]) == 0
     assert built == [(False, "stem", False), (True, "stem", False), (False, "block", True)]
+    assert steps == [1] * 6 + [2] * 3
     parts = capsys.readouterr().out.strip().split("\n\n")
-    for name, part in zip(("base", "combo_kernels", "strong"), parts, strict=True):
+    for name, count, part in zip(("base", "combo_kernels", "strong"), convolutions, parts, strict=True):
         head, *rows = part.splitlines()
         found = re.fullmatch(rf"{name}: (\d+) images/s; per step: CPU ([\d.]+) ms", head)  # nothing of a GPU
         times = [float(row.split()[0]) for row in rows]
         assert float(found[2]) > 0 and len(rows) == 25
         assert times == sorted(times, reverse=True) and sum(times) <= float(found[2]) + 0.1
-        assert "aten::convolution_backward" in part
+        assert re.search(rf" {count}\.0 x  aten::convolution_backward$", part, re.MULTILINE)
 
 
 def test_an_unknown_variant_is_refused_in_one_line(capsys):

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import pickle
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import RunError, Signals, UserError, print_line, program, set_up_process, write_text
+
+if __name__ == "__main__":
+    set_up_process()  # before torch is imported
 
 import numpy as np
 import torch
@@ -35,7 +39,6 @@ import train
 from checkpoint import RunFolder, TrainState
 from distributed import World
 from train import Run, train_step
-from utils import RunError, Signals, UserError, print_line, program, set_up_process, write_text
 
 EPOCH, TEST_SET = 50_000, 10_000  # images
 EXTRAS = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add
@@ -62,7 +65,7 @@ def build(flags: Sequence[str], train_images: int, test_images: int, folder: Pat
     precision = hardware.select_precision(args.precision, device)
     hardware.set_up_backend(device, args.deterministic)
     torch.manual_seed(args.seed)
-    model = options.build_model(args).to(device, memory_format=torch.channels_last)
+    model = options.build_model(args).to(device, memory_format=hardware.memory_format(device))
     loader = data.build_loader(random_split(train_images), args, device, World())
     state = TrainState(args, model, len(loader), precision)
     split = random_split(test_images).to(device)
@@ -191,6 +194,7 @@ def start_seconds(flags: Sequence[str], folder: Path) -> float:
 def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path) -> Iterator[tuple[str, Rows]]:
     """Measure everything; yield the title and the rows of each section."""
     device, cores, repeats = hardware.select_device(args.device), hardware.count_cores(), counts.repeats
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # now, or all is compiled a second time
     for name in (*cifar10.TRAIN_FILES, *cifar10.TEST_FILES):
         split = random_split(-(-EPOCH // len(cifar10.TRAIN_FILES)))
         batch = {"data": split.images.permute(0, 3, 1, 2).flatten(1).numpy(), "labels": split.targets.tolist()}
@@ -236,7 +240,6 @@ def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: 
     build_args, device = (len(run.loader.targets), counts.test_images, run.folder.path), run.device
     extras = build([*flags, *EXTRAS], *build_args)
     a, b = torch.randn(2, counts.size, counts.size, device=device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions have it, in fp32
     c, d = (matrix.to(hardware.PRECISIONS[run.precision]) for matrix in (a, b))
     actions = {"this program, images/s": lambda: whole_rate(run, state, counts.steps),
                "bare steps, images/s": lambda: bare_rate(run, state, counts.steps),
@@ -270,12 +273,9 @@ def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
     counts = COUNTS["cuda" if device.type == "cuda" else "cpu", quick]
     compiled = hardware.should_compile(args.compile, device)
     flags = ["--batch-size", str(counts.batch_size), *flags, "--compile" if compiled else "--no-compile"]
-    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     head = {  # what the values depend on, so that those of different machines are not mixed
         "device": hardware.describe(device), **hardware.versions(), "date": time.strftime("%Y-%m-%d %H:%M"),
-        "cpu": cpu.partition("model name\t: ")[2].partition("\n")[0] or platform.processor(),
-        "avx512": "AVX512" in torch.backends.cpu.get_cpu_capability(),
-        "cpu_bf16": hardware.select_precision("auto", torch.device("cpu")) == "bf16",
+        "cpu": hardware.describe(hardware.CPU), "cpu_bf16": hardware.select_precision("auto", hardware.CPU) == "bf16",
         "cores": hardware.count_cores(), "threads": torch.get_num_threads(), "compiled": compiled,
         "precision": hardware.select_precision(args.precision, device), "flags": " ".join(flags),
         "extras": " ".join(EXTRAS), "counts": counts._asdict()}
@@ -307,5 +307,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    set_up_process()
     sys.exit(serve_published(*sys.argv[2:]) if sys.argv[1:2] == ["--published"] else main())

@@ -12,13 +12,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from utils import print_line, program, set_up_process
+
+if __name__ == "__main__":
+    set_up_process()  # before torch is imported
+
 import torch
 import torch._inductor.config
 from torch.autograd import DeviceType
 
 import options
 from tools import bench
-from utils import print_line, program, set_up_process
 
 STEPS, VARIANTS = 20, ("base", "combo_kernels", "cudnn_benchmark_limit_0", "strong")
 
@@ -31,14 +35,16 @@ def profile(variant: str, flags: Sequence[str], folder: str) -> int:
     flags = [f"@{ROOT}/recipes/strong.txt"] * (variant == "strong") + [*flags]
     images = bench.EPOCH - bench.EPOCH % options.parse_args(flags)[0].batch_size  # only full batches are compiled
     run, state = bench.build(flags, images, 1, Path(folder))
-    _, rate = (bench.whole_rate(run, state, STEPS) for _ in range(2))  # the first one warms up
+    # TrivialAugment launches as many kernels for an epoch as for a few steps; on a CPU the images take the time
+    steps = len(run.loader) if run.args.trivial_augment and not run.is_cpu else min(STEPS, len(run.loader))
+    _, rate = (bench.whole_rate(run, state, steps) for _ in range(2))  # the first one warms up
     with torch.profiler.profile() as profiler:
-        bench.whole_rate(run, state, STEPS)
+        bench.whole_rate(run, state, steps)
     run.loader.close()
     events = [event for event in profiler.key_averages() if "Synchronize" not in event.key]  # which is waiting
-    cpu = [(event.self_cpu_time_total / 1000 / STEPS, event.count / STEPS, event.key) for event in events
+    cpu = [(event.self_cpu_time_total / 1000 / steps, event.count / steps, event.key) for event in events
            if event.device_type == DeviceType.CPU]
-    gpu = [(event.self_device_time_total / 1000 / STEPS, event.count / STEPS, event.key) for event in events
+    gpu = [(event.self_device_time_total / 1000 / steps, event.count / steps, event.key) for event in events
            if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     line = f"{variant}: {rate:.0f} images/s; per step: CPU {sum(ms for ms, *_ in cpu):.2f} ms"
     if gpu:
@@ -66,5 +72,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    set_up_process()
     sys.exit(main())
