@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import trivial_augment
+from hardware import memory_format
 from models import MEAN, STD
 
 SIZE = 32
@@ -98,14 +99,15 @@ def crop_and_flip(images: Tensor, params: Params) -> Tensor:
 
 
 def to_input(images: Tensor, normalize: bool = True) -> Tensor:
-    """Turn (N, 32, 32, 3) uint8 images into network input, (N, 3, 32, 32) float32, channels_last in memory.
+    """Turn (N, 32, 32, 3) uint8 images into network input, (N, 3, 32, 32) float32 in the device's memory format.
 
     Bitwise identical to torchvision's ToTensor and Normalize; without `normalize` the values lie in [0, 1].
     """
     if images.dtype != torch.uint8:  # floats would be divided by 255 a second time
         raise ValueError(f"expected uint8 images, got {images.dtype}")
     mean, std, largest = _constants(images.device)
-    inputs = images.permute(0, 3, 1, 2).float().div_(largest)  # by a plain number, CUDA would multiply by 1 / 255
+    inputs = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(images.device))
+    inputs.div_(largest)  # by a plain number, CUDA would multiply by 1 / 255
     if normalize:
         inputs.sub_(mean).div_(std)
     return inputs

@@ -21,7 +21,7 @@ import download
 import synthetic
 import trivial_augment
 from distributed import World
-from hardware import count_cores
+from hardware import count_cores, memory_format
 from utils import STOP_SIGNALS, UserError
 
 BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger kernels to launch
@@ -207,7 +207,7 @@ class WorkersLoader(Loader):
         try:
             for inputs, targets in self.loader:
                 inputs = inputs.to(self.device, non_blocking=is_pinned)
-                yield (inputs.contiguous(memory_format=torch.channels_last),
+                yield (inputs.contiguous(memory_format=memory_format(self.device)),
                        targets.to(self.device, non_blocking=is_pinned))
         except (ConnectionError, EOFError) as error:  # torch reports others itself
             raise RuntimeError(f"DataLoader worker (pid unknown) was killed while it sent a batch ({error})") from error

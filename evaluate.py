@@ -142,7 +142,7 @@ def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu") 
         raise UserError(f"{path} does not describe a network ({error})") from error
     load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
     info = CheckpointInfo(checkpoint.get("classes", list(cifar10.CLASSES)), args.get("normalize", True), args)
-    return model.to(device, memory_format=torch.channels_last).eval(), info
+    return model.to(device, memory_format=hardware.memory_format(device)).eval(), info
 
 
 def build_parser() -> options.Parser:

@@ -1,21 +1,32 @@
 """Device, precision, threads and torch.compile."""
 
 import contextlib
+import copy
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from utils import UserError, warn
+from utils import RunError, UserError, warn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CPU = torch.device("cpu")
+# The largest relative errors that `check_gradients` accepts. Rounding causes up to 2e-6 (TF32: 1.5e-3), 2.8e-3 and
+# 0.02, in networks of all kinds, untrained and trained, with up to 54 blocks.
+TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
+NVIDIA_FILES = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")  # Linux, WSL, a container
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
@@ -23,6 +34,9 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
         name = next(kind for kind, is_available in available.items() if is_available())
+        if name == "cpu" and local_rank == 0 and torch.version.cuda and any(map(os.path.exists, NVIDIA_FILES)):
+            warn(f"there is an NVIDIA GPU, but torch {torch.__version__} cannot use it, so this runs on the CPU; CUDA "
+                 f"{torch.version.cuda} may need a newer driver, see nvidia-smi")
     elif not available[name]():
         raise UserError(f"--device {name}: torch {torch.__version__} finds no such device; use --device auto or cpu")
     if name != "cuda":
@@ -30,20 +44,38 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"rank {local_rank} of this machine has no GPU; there are {torch.cuda.device_count()}, so "
                         "start no more ranks than that (--nproc-per-node)")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(2, device=device).sum().item()  # it may be full, busy, or older than the build's kernels
+    except RuntimeError as error:
+        raise UserError(f"{describe(device)} cannot be used ({first_line(error)}); torch {torch.__version__} has "
+                        f"kernels for {' '.join(torch.cuda.get_arch_list())}, its cu126 build also for older GPUs; or "
+                        "use --device cpu") from error
+    return device
 
 
 def select_precision(name: str, device: torch.device) -> str:
     """Turn `--precision` into fp32, bf16 or fp16; auto is the fastest that the hardware computes natively."""
+    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bf16" and not has_bf16:  # torch emulates it, and does not compile it
+        raise UserError(f"--precision bf16 needs compute capability 8.0; {describe(device)} has less, so use fp16")
+    if name == "fp16" and device.type == "mps":  # pytorch pull request 186360
+        raise UserError("--precision fp16: on MPS, optimizers of torch ignore the loss scale; use bf16 or fp32")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        return "bf16" if has_bf16 else "fp16"
     if device.type == "cpu":  # private names; where a torch version lacks them, fp32 is slow but correct
         checks = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
         return "bf16" if any(check is not None and check() for check in checks) else "fp32"
     return "fp32"
+
+
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """Return the memory format of network and images: the fastest one that the device computes correctly."""
+    # on MPS the backward passes of batch norm and pooling are wrong in channels_last (pytorch issues 175189, 175190)
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -64,14 +96,78 @@ def restore_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def check_gradients(model: nn.Module, build_forward: Callable[..., Callable], device: torch.device, precision: str
+                    ) -> None:
+    """Compare outputs and gradients on a device with those in fp32 on the CPU; RunError if they differ.
+
+    `build_forward(model, device, precision)` returns the run's function from images and targets to the summed loss.
+    Every layer gets the inputs and output gradients that it has on the CPU, because rounding errors grow with depth: in
+    bf16, the gradients of a deep network have little in common with those in fp32. The whole network is compared by its
+    loss and the length of its gradient, which rounding changes by 15% at most.
+    """
+    network, layers = copy.deepcopy(model).to(CPU).train(), []
+    names = {layer: name for name, layer in network.named_modules()}
+    for dropout in (layer for layer in names if isinstance(layer, nn.Dropout)):
+        dropout.eval()
+    generator = torch.Generator().manual_seed(0)  # leaves the run's random numbers alone
+    # with means that differ: otherwise all images are the same to squeeze-and-excitation, and gradients cancel out
+    images = torch.randn(4, 3, 32, 32, generator=generator) + torch.randn(4, 3, 1, 1, generator=generator)
+    images = images.contiguous(memory_format=memory_format(device))
+
+    def record(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if list(layer.parameters(recurse=False)):
+            output.register_hook(lambda gradient: layers.append((layer, inputs[0].detach(), gradient)))
+
+    def run(network: nn.Module, device: torch.device, precision: str) -> Tensor:
+        loss = build_forward(network, device, precision)(images.to(device), torch.arange(4, device=device))[0]
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        return torch.stack([loss.detach(), torch.cat([gradient.flatten() for gradient in gradients]).norm()]).cpu()
+
+    with nn.modules.module.register_module_forward_hook(record):
+        expected = run(network, CPU, "fp32")
+    if not expected.isfinite().all():
+        return  # the weights are to blame, and the first save finds that
+    try:
+        off = (run(copy.deepcopy(network).to(device), device, precision) / expected - 1).abs().max()
+        errors = [(off * (not off < 0.5), "the loss or the whole gradient")]
+        for layer, *recorded in layers:
+            found, wanted = _compute(layer, *recorded, device, precision), _compute(layer, *recorded, CPU, "fp32")
+            largest = max(tensor.norm() for tensor in wanted) + 1e-30
+            for kind, a, b in zip(("output", "input", *dict(layer.named_parameters())), found, wanted, strict=True):
+                least = 0.1 * largest / b.numel()**0.5  # few values may all be close to zero
+                errors.append(((a - b).norm() / b.norm().clamp_min(least), f"{names[layer]}.{kind}"))
+        error, name = max((error.nan_to_num(torch.inf).item(), name) for error, name in errors)
+        # cuDNN computes fp32 in TF32, which has the mantissa of fp16
+        if error < TOLERANCES["fp16" if precision == "fp32" and device.type == "cuda" else precision]:
+            return
+        problem = f"{name} is off by {error:.1%}"
+    except Exception as error:  # whatever a device or its driver may raise
+        problem = f"{type(error).__name__}: {first_line(error)}"
+    raise RunError(f"{describe(device)} with torch {torch.__version__} computes wrong gradients in {precision} "
+                   f"({problem}); use --device cpu, --precision fp32 or another version of torch")
+
+
+def _compute(layer: nn.Module, inputs: Tensor, gradient: Tensor, device: torch.device, precision: str) -> list[Tensor]:
+    """Return a layer's output, and the gradients of its input and parameters for a gradient of the output."""
+    layer = copy.deepcopy(layer).to(device)
+    inputs = inputs.to(device, PRECISIONS[precision]).detach().requires_grad_()  # as the layer before returns them
+    with autocast(device, precision):
+        output = layer(inputs)
+    gradient = gradient / gradient.abs().max().clamp_min(1e-30)  # fp16 can represent it
+    gradients = torch.autograd.grad(output, [inputs, *layer.parameters()], gradient.to(device, output.dtype))
+    return [tensor.detach().cpu().double() for tensor in (output, *gradients)]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, shortened."""
+    return f"{(str(error).strip().splitlines() or [''])[0]:.150}"
+
+
 def set_up_backend(device: torch.device, deterministic: bool = False) -> None:
     """Select the fastest algorithms, or repeatable ones."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic or device.type == "cuda":  # the import takes seconds
-        from torch._inductor import config
-        config.deterministic = deterministic  # otherwise autotuning changes the order of sums
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = not deterministic
     elif device.type == "cpu":
@@ -93,21 +189,37 @@ def should_compile(requested: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def processor() -> str:
+    """Return the model name of the processor, such as "Apple M2"; or its architecture, if it has none."""
+    name = platform.processor()
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":
+            name = Path("/proc/cpuinfo").read_text().partition("model name\t: ")[2].partition("\n")[0]
+        elif sys.platform == "darwin":
+            name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout
+    return " ".join(name.split()) or platform.machine()
+
+
 def describe(device: torch.device) -> str:
-    """Return the name of the device, for display."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    """Return the name of the device; for a CPU with the instructions that torch uses, which decide the last bits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability() if device.type == 'cpu' else 'MPS'})"
 
 
 def environment(device: torch.device, precision: str, compiled: bool, ranks: int) -> dict[str, Any]:
     """Return what must match for a bitwise-identical continuation."""
-    return {"device": device.type, "precision": precision, "compile": compiled, "ranks": ranks,
-            "threads": torch.get_num_threads() if device.type == "cpu" else None}
+    return {"device": device.type, "hardware": describe(device), "precision": precision, "compile": compiled,
+            "ranks": ranks, "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "torch": str(torch.__version__), "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None}
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that results.json records."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "torchvision": importlib.metadata.version("torchvision")}
+def versions() -> dict[str, Any]:
+    """Return the versions that results.json records; cudnn is None in a build without it."""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": importlib.metadata.version("torchvision"), "numpy": np.__version__,
+            "cudnn": torch.backends.cudnn.version()}
 
 
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -130,13 +242,24 @@ def compile_or_warn(function: Callable, device: torch.device, probe: Callable[[C
 
     `probe` does with the compiled function what a training step does.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # on a CPU it reports that there is no GPU
+    from torch._dynamo.utils import counters  # takes seconds
+    from torch._inductor import config
+
+    config.deterministic = torch.are_deterministic_algorithms_enabled()  # or autotuning changes the order of sums
+    graphs = device.type == "cuda" and not torch.version.hip  # on AMD GPUs they spoil training (pytorch issue 187715)
+    skips = counters["inductor"]["cudagraph_skips"]
     try:
-        compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-        for _ in range(3 if device.type == "cuda" else 1):  # on CUDA: warm up, capture, replay
+        compiled = torch.compile(function, dynamic=False, mode="reduce-overhead" if graphs else None)
+        for _ in range(3 if graphs else 1):  # warm up, capture, replay
             probe(compiled)
         torch.get_device_module(device).synchronize()  # an error of a kernel appears here, not in the first step
     except Exception as error:  # whatever Dynamo, Inductor, Triton or a missing C compiler may raise
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        warn(f"torch.compile failed ({type(error).__name__}: {reason}); training without it")
-        return None
-    return compiled
+        warn(f"torch.compile failed ({type(error).__name__}: {first_line(error)}); training without it")
+    else:
+        if counters["inductor"]["cudagraph_skips"] > skips:
+            warn("compiled, but without CUDA graphs, so small steps are slower; TORCH_LOGS=cudagraphs tells why")
+        return compiled
+    torch.compiler.reset()  # frees the graphs, now that the error no longer refers to their tensors
+    torch.cuda.empty_cache()
+    return None

@@ -22,8 +22,8 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, mo
         settings["momentum"] = momentum
     if name == "sgd":
         settings["nesterov"] = nesterov
-    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; torch selects foreach for the others
-        settings["fused"] = parameters[0].device.type in ("cuda", "cpu")
+    if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; with None, torch selects foreach if it can
+        settings["fused"] = parameters[0].device.type in ("cuda", "cpu", "mps") or None
     optimizer = getattr(torch.optim, OPTIMIZERS[name][0])(parameters, **settings)
     if name == "sgd" and momentum:  # torch's fused form leaves them unset if fp16 overflows in the first step
         for parameter in parameters:

@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
     options.parse_args()  # answers --help and mistakes
 
 import contextlib
+import functools
 import json
 import math
 import shlex
@@ -80,7 +81,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         if checkpoint is not None and print_if_finished(folder, checkpoint, args):
             return 0
         device, precision = select_hardware(args, world, checkpoint)
-        model = build_model(args, weights).to(device, memory_format=torch.channels_last)
+        model = build_model(args, weights).to(device, memory_format=hardware.memory_format(device))
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
         state = TrainState(args, model, len(loader), precision)
@@ -92,7 +93,8 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
         if checkpoint is not None:
             resume(run, state, checkpoint)
-        else:
+        check_gradients(run, state)
+        if checkpoint is None:
             folder.create(args)
             save(run, state)
         if world.is_main:
@@ -127,6 +129,13 @@ def build_model(args: Namespace, weights: dict[str, Tensor] | None) -> nn.Module
     if weights is not None:
         load_weights(model, weights, args.init_from)
     return model
+
+
+@on_every_rank
+def check_gradients(run: Run, state: TrainState) -> None:
+    """End the run if its device computes other gradients than the CPU in fp32."""
+    if (run.device.type, run.precision) != ("cpu", "fp32"):
+        hardware.check_gradients(state.model, functools.partial(build_forward, run.args), run.device, run.precision)
 
 
 def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:
@@ -200,7 +209,8 @@ def build_forward(args: Namespace, model: nn.Module, device: torch.device, preci
 def compile_forward(run: Run, state: TrainState) -> None:
     """Compile the forward function for full batches, and try it on zeros; the state is left as it was."""
     size = len(run.loader.shard(0))
-    inputs = torch.zeros(size, 3, 32, 32, device=run.device).contiguous(memory_format=torch.channels_last)
+    inputs = torch.zeros(size, 3, 32, 32, device=run.device)
+    inputs = inputs.contiguous(memory_format=hardware.memory_format(run.device))
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
     # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
@@ -324,7 +334,7 @@ def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
     """Continue from a checkpoint; warn where the continuation cannot be bitwise identical."""
     state.load_state_dict(checkpoint, run.world, run.folder.path)
     before, now = checkpoint["environment"], run.environment
-    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if state.epoch == run.args.epochs:  # results.json describes the training
         run.environment = before
     elif changed and run.world.is_main:

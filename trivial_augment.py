@@ -66,6 +66,8 @@ def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     Takes and returns images (N, 32, 32, 3) uint8 on any device. Operation and strength are (N,) int64 on the CPU.
     Images that share both are transformed together, so one call for an epoch is faster than many for its batches.
     """
+    if images.device.type == "mps":  # lacks operations, and samples some grids wrong (pytorch issues 176879, 174339)
+        return transform(images.cpu(), operation, strength).to(images.device)
     has_strength = torch.tensor([first != last for first, last, _, _ in space()])
     code = operation * STRENGTHS + strength * has_strength[operation]
     order = code.argsort()

@@ -1,9 +1,16 @@
 """Device, precision and torch.compile: what is selected, what happens where it is missing, and that it trains."""
 
+import contextlib
+import copy
+import functools
 import inspect
+import itertools
+import math
 import platform
+import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -14,11 +21,14 @@ import augment
 import data
 import evaluate
 import hardware
+import models
+import options
 import train
+from utils import RunError, UserError
 
 small_data, run = runs.small_data, runs.run
 ROOT = Path(__file__).resolve().parent.parent
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
 STRONG = [f"@{ROOT}/recipes/strong.txt", "--epochs", "7", "--warmup-epochs", "1", "--mixup", "0.2"]
 
 
@@ -29,14 +39,28 @@ def restore_settings(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two old GPUs, for which tensors are made on the CPU; the list of those that are selected."""
+    selected, ones = [], torch.ones
+    for name, value in {"is_available": True, "device_count": 2, "get_device_name": "Tesla P100",
+                        "get_device_capability": (6, 0), "get_arch_list": ["sm_75", "sm_90"]}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: selected.append(str(device)))
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None: ones(*size))
+    return selected
+
+
 # --- selection -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
-def test_precision_on_cuda_follows_the_capability(monkeypatch, capability, expected):
+def test_precision_on_cuda_follows_the_capability(monkeypatch, gpus, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert hardware.select_precision("auto", CUDA) == expected
-    assert [hardware.select_precision(name, CUDA) for name in hardware.PRECISIONS] == ["fp32", "bf16", "fp16"]
+    assert [hardware.select_precision(name, CUDA) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
+    with contextlib.nullcontext() if expected == "bf16" else pytest.raises(UserError, match="8.0; Tesla P100 has less"):
+        assert hardware.select_precision("bf16", CUDA) == "bf16"
 
 
 @pytest.mark.parametrize(("avx512", "amx", "expected"), [
@@ -48,27 +72,36 @@ def test_precision_on_a_cpu_follows_its_instructions(monkeypatch, avx512, amx, e
         else:
             monkeypatch.setattr(torch.cpu, name, lambda found=found: found, raising=False)
     assert hardware.select_precision("auto", CPU) == expected
-    assert hardware.select_precision("auto", torch.device("mps")) == "fp32"
 
 
-def test_autocast_computes_in_the_precision_and_keeps_parameters_float32():
-    layer = nn.Linear(2, 2)
-    for name, dtype in hardware.PRECISIONS.items():
-        with hardware.autocast(CPU, name):
-            assert layer(torch.ones(1, 2)).dtype == dtype
-    assert layer.weight.dtype == torch.float32
+def test_mps_gets_what_torch_computes_right_there():
+    assert hardware.select_precision("auto", MPS) == "fp32" and hardware.select_precision("bf16", MPS) == "bf16"
+    with pytest.raises(UserError, match="use bf16 or fp32"):
+        hardware.select_precision("fp16", MPS)
+    assert [hardware.memory_format(device) for device in ("mps", MPS, "cpu", CUDA)] == [
+        torch.contiguous_format, torch.contiguous_format, torch.channels_last, torch.channels_last]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_network_and_images_have_the_memory_format_of_the_device(run, monkeypatch, workers):
+    for module in (hardware, augment, data):
+        monkeypatch.setattr(module, "memory_format", lambda _: torch.contiguous_format)
+    forward, seen = models.SEResNet.forward, set()
+
+    def note(model, images):
+        seen.add((images.is_contiguous(), model.residual_layers[0][0].conv1.weight.is_contiguous()))
+        return forward(model, images)
+    monkeypatch.setattr(models.SEResNet, "forward", note)
+    assert run("--workers", workers, "--precision", "bf16", "--epochs", "1") == 0 and seen == {(True, True)}
 
 
 @pytest.mark.parametrize(("cuda", "mps", "expected"), [
     (False, False, "cpu"), (False, True, "mps"), (True, False, "cuda:1"), (True, True, "cuda:1")])
-def test_auto_selects_the_fastest_device(monkeypatch, cuda, mps, expected):
-    selected = []
+def test_auto_selects_the_fastest_device(monkeypatch, gpus, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", selected.append)
     assert str(hardware.select_device("auto", local_rank=1)) == expected
-    assert selected == ([1] if cuda else [])  # NCCL needs a device of its own for each rank
+    assert gpus == (["cuda:1"] if cuda else [])  # NCCL needs a device of its own for each rank
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
@@ -81,17 +114,60 @@ def test_a_missing_device_is_one_line(monkeypatch, run, capsys, name):
     assert error.count("\n") == 1
 
 
-def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(hardware.UserError, match="there are 2, .*--nproc-per-node"):
+def test_more_ranks_than_gpus_are_refused(gpus):
+    with pytest.raises(UserError, match="there are 2, .*--nproc-per-node"):
         hardware.select_device("cuda", local_rank=2)
 
 
-def test_devices_may_be_strings(trained, test_set, expected):
-    model, _ = evaluate.load_checkpoint_model(trained, "cpu")
-    logits = evaluate.predict_logits(model, test_set.to("cpu").images, device="cpu")
-    torch.testing.assert_close(logits.softmax(1), expected)
+def test_a_gpu_that_does_not_work_is_one_line(monkeypatch, gpus, run, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nSearch for it in the documentation")
+    monkeypatch.setattr(torch, "ones", fail)
+    assert run("--device", "auto") == 2
+    assert capsys.readouterr().err == (
+        "train.py: error: Tesla P100 cannot be used (CUDA error: no kernel image is available); torch "
+        f"{torch.__version__} has kernels for sm_75 sm_90, its cu126 build also for older GPUs; or use --device cpu\n")
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_gpu_that_the_driver_hides_is_one_warning(monkeypatch, tmp_path, capsys, present):
+    (tmp_path / "nvidia0").write_text("")
+    monkeypatch.setattr(hardware, "NVIDIA_FILES", (tmp_path / ("nvidia0" if present else "none"),))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(name, "is_available", lambda: False)
+    for local_rank in (0, 1):  # which prints it once
+        assert hardware.select_device("auto", local_rank) == CPU
+    assert hardware.select_device("cpu") == CPU
+    error = capsys.readouterr().err
+    assert error.count("\n") == present and ("CUDA 13.0 may need a newer driver" in error) == present
+
+
+@pytest.mark.parametrize(("system", "text", "expected"), [
+    ("linux", "cpu family\t: 6\nmodel name\t: Intel Xeon  CPU @ 2.20GHz\nflags", "Intel Xeon CPU @ 2.20GHz"),
+    ("linux", "processor\t: 0\n", "arm"), ("darwin", "Apple M2 Pro\n", "Apple M2 Pro"), ("win32", "", "AMD64 Family")])
+def test_the_name_of_the_processor(monkeypatch, system, text, expected):
+    monkeypatch.setattr(hardware.sys, "platform", system)
+    monkeypatch.setattr(hardware.Path, "read_text", lambda _: text)
+    monkeypatch.setattr(hardware.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=text))
+    monkeypatch.setattr(platform, "processor", lambda: "AMD64 Family")
+    monkeypatch.setattr(platform, "machine", lambda: "arm")
+    assert hardware.processor.__wrapped__() == expected
+
+
+@pytest.mark.parametrize(("changes", "warning"), [
+    ({"hardware": "Intel", "torch": "2.10"}, "hardware Intel -> {}, torch 2.10 -> {}"),
+    ({"hardware": None, "torch": None, "cudnn": None}, "")])  # an old checkpoint lacks them
+def test_resume_names_another_machine(run, tmp_path, capsys, changes, warning):
+    runs.stop(run, "first")
+    assert f"device  {hardware.describe(CPU)}, fp32" in capsys.readouterr().out
+    saved = runs.read(tmp_path / "run")
+    before = {name: value for name, value in (saved["environment"] | changes).items() if name not in changes or value}
+    torch.save(saved | {"environment": before}, tmp_path / "run" / "last.pt")
+    assert run("--resume") == 0
+    warning = warning.format(hardware.describe(CPU), torch.__version__)
+    expected = f"warning: resuming, but not bitwise-identically: {warning}\n" if warning else ""
+    assert capsys.readouterr().err == expected
 
 
 def test_deterministic_algorithms(monkeypatch):
@@ -99,6 +175,7 @@ def test_deterministic_algorithms(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     for deterministic in (True, False):
         hardware.set_up_backend(CUDA, deterministic)
+        hardware.compile_or_warn(print, CPU, lambda compiled: None)
         assert torch._inductor.config.deterministic == torch.are_deterministic_algorithms_enabled() == deterministic
         assert torch.backends.cudnn.benchmark == (not deterministic)
         assert hardware.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -155,6 +232,98 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(run, monkeypatc
     assert scales == [2.0**39, 1024, 1024, 1024]
 
 
+def test_out_of_memory_on_resume_does_not_blame_the_checkpoint(run, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    runs.stop(run, "first")
+    monkeypatch.setattr(torch.optim.SGD, "load_state_dict", fail)
+    assert run("--resume") == 1 and "out of memory; choose a smaller --batch-size" in capsys.readouterr().err
+
+
+# --- the check of the arithmetic -------------------------------------------------------------------------------------
+
+
+def lie(monkeypatch, factor: float | None) -> None:
+    """Let batch norm in bf16 return a weight's gradient times a factor; or fail, with None."""
+    batch_norm = nn.functional.batch_norm
+
+    def lying(inputs, mean, var, weight, *args):
+        if inputs.dtype == torch.bfloat16:
+            if factor is None:
+                raise RuntimeError("CUDA error: misaligned address\nmore about it")
+            weight = factor * weight - (factor * weight - weight).detach()
+        return batch_norm(inputs, mean, var, weight, *args)
+    monkeypatch.setattr(nn.functional, "batch_norm", lying)
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize(("factor", "problem"), [
+    (1e7, r"\S*bn\d\.weight is off by \d{6,}\.\d%"), (1.2, r"\S*bn\d\.weight is off by \d\d\.\d%"),
+    (0, r"\S*\.weight is off by \d\d+\.\d%"), (math.nan, "the loss or the whole gradient is off by inf%"),
+    (None, "RuntimeError: CUDA error: misaligned address")])
+def test_wrong_gradients_end_the_run_before_anything_is_written(monkeypatch, run, tmp_path, capsys, resumes, factor,
+                                                                problem):
+    flags = ["--precision", "bf16"]
+    if resumes:
+        runs.stop(run, "first", *flags)
+        flags = ["--resume"]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    lie(monkeypatch, factor)
+    capsys.readouterr()
+    assert run(*flags) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"train\.py: error: .* with torch \S+ computes wrong gradients in bf16 \({problem}\); use "
+                        r"--device cpu, --precision fp32 or another version of torch\n", error), error
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+
+
+def check(model: nn.Module, precision: str, *flags: str) -> None:
+    args, _ = options.parse_args(flags)
+    hardware.check_gradients(model, functools.partial(train.build_forward, args), CPU, precision)
+
+
+@pytest.mark.parametrize("block", ["basic", "preact"])
+def test_right_gradients_pass_for_every_network_and_change_nothing(block):
+    networks = itertools.product(("stem", "block", "none"), ("1", "3", "5"))
+    for (se, size), precision in zip(networks, itertools.cycle(("bf16", "fp16")), strict=False):
+        args, _ = options.parse_args([*runs.NETWORK, "--block", block, "--se", se, "--kernel-sizes", size,
+                                      "--shortcut-kernel-sizes", size, "--dropout", "0.5"])
+        model = options.build_model(args)
+        weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        check(model, precision, "--label-smoothing", "0.1")
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_gradients_of_a_deep_and_of_a_trained_network_pass(trained):
+    torch.manual_seed(0)
+    for model in (models.SEResNet([9, 9, 9], 8, se_reduction=2), evaluate.load_checkpoint_model(trained)[0]):
+        check(model, "bf16")
+        next(model.parameters()).data.fill_(math.nan)  # is not the device's fault
+        check(model, "bf16")
+
+
+@pytest.mark.parametrize("place", ["output", "input", "weight"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.02), ("bf16", 0.1)])
+def test_errors_above_the_tolerance_are_found(monkeypatch, precision, tolerance, place):
+    def compute(*args):
+        found, error = right(*args), errors[0]
+        calls.append(args)
+        if len(calls) % 2:  # the second call is the one to compare with
+            found[("output", "input", "weight").index(place)] *= 1 + error
+        return found
+    right, calls = hardware._compute, []
+    monkeypatch.setattr(hardware, "_compute", compute)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10, bias=False))
+    errors = [0.0]
+    for errors[0] in (0.8 * tolerance, -0.8 * tolerance):
+        check(model, precision)
+    for errors[0] in (1.3 * tolerance, -1.3 * tolerance):
+        with pytest.raises(RunError, match=rf"gradients in {precision} \(1\.{place} is off by"):
+            check(model, precision)
+
+
 # --- compile, with a stand-in for the compiler -----------------------------------------------------------------------
 
 
@@ -165,6 +334,27 @@ def test_compile_is_the_default_on_cuda_with_triton_only(monkeypatch):
     assert not any(hardware.should_compile(None, device) for device in (CPU, torch.device("mps")))
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     assert not hardware.should_compile(None, CUDA)
+
+
+@pytest.mark.parametrize(("hip", "skipped", "fails"), [
+    (None, 0, False), (None, 1, False), ("7.0", 0, False), (None, 0, True)])
+def test_cuda_graphs_are_for_nvidia_gpus_and_their_loss_is_told(monkeypatch, capsys, hip, skipped, fails):
+    def probe(compiled):
+        if fails:
+            raise RuntimeError("broken\nmore")
+        probes.append(compiled)
+        torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] += skipped
+    probes, modes, freed = [], [], []
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "compile", lambda function, *, mode, **_: modes.append(mode) or function)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: freed.append("graphs"))
+    assert hardware.compile_or_warn(print, CUDA, probe) is (None if fails else print)
+    assert modes == [None if hip else "reduce-overhead"] and len(probes) == (0 if fails else 1 if hip else 3)
+    assert freed == (["graphs", "cache"] if fails else [])
+    error = capsys.readouterr().err
+    assert error.count("\n") == int(fails or skipped) and ("without CUDA graphs" in error) == bool(skipped)
 
 
 @pytest.mark.parametrize("frees_gradients", [True, False])

@@ -10,6 +10,7 @@ from torchvision.transforms import TrivialAugmentWide
 import trivial_augment
 
 OPERATIONS = tuple(TrivialAugmentWide()._augmentation_space(31))  # names, in the order of the random parameter
+MPS = torch.device("mps")
 UNSCALED = ("Identity", "AutoContrast", "Equalize")  # all strengths are the same to them
 
 
@@ -82,6 +83,15 @@ def test_an_image_does_not_depend_on_the_others(images):
                  torch.arange(0), *torch.arange(0, 100, 5)[:, None]):
         part = trivial_augment.transform(many[rows], operation[rows], strength[rows])
         assert torch.equal(part, whole[rows]) and part.is_contiguous()
+
+
+def test_images_on_mps_are_transformed_on_the_cpu(images, monkeypatch):
+    operation, strength = trivial_augment.random_params(len(images), 0, 0)
+    expected = trivial_augment.transform(images, operation, strength)
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda image, to_: image if to_ == MPS else to(image, to_))
+    on_mps = mock.Mock(device=MPS, cpu=lambda: images)
+    assert torch.equal(trivial_augment.transform(on_mps, operation, strength), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
