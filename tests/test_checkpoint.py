@@ -285,7 +285,7 @@ def test_out_of_memory_on_resume_is_called_that(stopped, run, monkeypatch, capsy
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", fail)
     assert run("--resume") == 1
-    assert capsys.readouterr().err.endswith("train.py: error: CUDA out of memory\n")
+    assert capsys.readouterr().err.endswith("out of memory; choose a smaller --batch-size, or another --device\n")
 
 
 class Caller:

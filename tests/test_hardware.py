@@ -232,14 +232,6 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(run, monkeypatc
     assert scales == [2.0**39, 1024, 1024, 1024]
 
 
-def test_out_of_memory_on_resume_does_not_blame_the_checkpoint(run, monkeypatch, capsys):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    runs.stop(run, "first")
-    monkeypatch.setattr(torch.optim.SGD, "load_state_dict", fail)
-    assert run("--resume") == 1 and "out of memory; choose a smaller --batch-size" in capsys.readouterr().err
-
-
 # --- the check of the arithmetic -------------------------------------------------------------------------------------
 
 

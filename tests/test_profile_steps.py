@@ -7,7 +7,6 @@ import torch
 from test_bench import TINY
 from torch import nn
 
-import train
 from tools import bench, profile_steps
 
 
@@ -24,12 +23,11 @@ def test_variants_are_profiled_with_their_settings(monkeypatch, capsys):
     monkeypatch.setattr(bench, "whole_rate", lambda *args: steps.append(args[-1]) or whole_rate(*args))
     monkeypatch.setattr(bench, "EPOCH", 80)  # two full batches
     monkeypatch.setattr(profile_steps, "STEPS", 1)
-    monkeypatch.setattr(train.Run, "is_cpu", False)  # all steps of an epoch with TrivialAugment, which "strong" has
     monkeypatch.setattr(profile_steps.subprocess, "call", lambda command: profile_steps.main(command[2:]))
     with torch._inductor.config.patch(combo_kernels=False):  # restores it; monkeypatch would delete it
         assert profile_steps.main(["--variants", "base", "combo_kernels", "strong", *TINY]) == 0
     assert built == [(False, "stem", False), (True, "stem", False), (False, "block", True)]
-    assert steps == [1] * 6 + [2] * 3
+    assert steps == [1] * 9
     parts = capsys.readouterr().out.strip().split("\n\n")
     for name, count, part in zip(("base", "combo_kernels", "strong"), convolutions, parts, strict=True):
         head, *rows = part.splitlines()

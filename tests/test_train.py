@@ -247,7 +247,8 @@ def test_lines_and_metrics(run, tmp_path, capsys):
     assert printed.err == ""  # no progress bar where it is not a terminal
     lines, folder = printed.out.splitlines(), tmp_path / "run"
     assert [line.split()[0] for line in lines[:5]] == ["device", "model", "data", "recipe", "folder"]
-    for line, part in zip(lines, ["CPU, fp32, 1 thread, not compiled", "SE-ResNet [1, 1], 5,342 parameters",
+    device = hardware.describe(hardware.CPU)
+    for line, part in zip(lines, [f"{device}, fp32, 1 thread, not compiled", "SE-ResNet [1, 1], 5,342 parameters",
                                   "30 training", "2 epochs of 4 steps, batch 8, sgd, lr 0.01, cosine",
                                   f"{folder} (new run)"], strict=False):
         assert part in line

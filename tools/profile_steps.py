@@ -35,8 +35,8 @@ def profile(variant: str, flags: Sequence[str], folder: str) -> int:
     flags = [f"@{ROOT}/recipes/strong.txt"] * (variant == "strong") + [*flags]
     images = bench.EPOCH - bench.EPOCH % options.parse_args(flags)[0].batch_size  # only full batches are compiled
     run, state = bench.build(flags, images, 1, Path(folder))
-    # TrivialAugment launches as many kernels for an epoch as for a few steps; on a CPU the images take the time
-    steps = len(run.loader) if run.args.trivial_augment and not run.is_cpu else min(STEPS, len(run.loader))
+    # on a GPU, TrivialAugment launches as many kernels for an epoch as for a few steps
+    steps = len(run.loader) if run.args.trivial_augment and run.device.type != "cpu" else min(STEPS, len(run.loader))
     _, rate = (bench.whole_rate(run, state, steps) for _ in range(2))  # the first one warms up
     with torch.profiler.profile() as profiler:
         bench.whole_rate(run, state, steps)
