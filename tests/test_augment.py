@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torchvision import transforms
 
 import augment
 import options
@@ -30,34 +29,6 @@ def test_random_params_have_the_published_distributions():
         fractions = torch.bincount(offsets, minlength=9) / 40_000
         assert len(fractions) == 9 and (fractions - 1 / 9).abs().max() < 0.01
     assert abs(params.flip.float().mean() - 0.5) < 0.01
-
-
-def test_crop_and_flip_equals_a_loop_over_images_for_every_offset(images):
-    grid = torch.cartesian_prod(torch.arange(9), torch.arange(9), torch.arange(2))
-    zeros = torch.zeros(len(grid), dtype=torch.int64)
-    params = augment.Params(torch.arange(len(grid)) % 70, grid[:, 0], grid[:, 1], grid[:, 2].bool(), zeros, zeros)
-    found = augment.crop_and_flip(images, params)
-    assert found.shape == (162, 32, 32, 3)
-    for i, (index, top, left, flip) in enumerate(zip(*(field.tolist() for field in params[:4]), strict=True)):
-        padded = np.pad(images[index].numpy(), ((4, 4), (4, 4), (0, 0)), mode="reflect")
-        crop = padded[top:top + 32, left:left + 32]
-        assert np.array_equal(found[i].numpy(), crop[:, ::-1] if flip else crop)
-
-
-def test_input_is_bitwise_that_of_torchvision(images):
-    to_tensor = transforms.ToTensor()
-    normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    every_value = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 32, 32, 3)
-    for image in (*images[:3], *every_value):
-        plain = to_tensor(image.numpy())
-        assert torch.equal(augment.to_input(image[None], normalize=False)[0], plain)
-        assert torch.equal(augment.to_input(image[None])[0], normalize(plain))
-    assert augment.to_input(images).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_input_refuses_floats(images):
-    with pytest.raises(ValueError, match=r"expected uint8 images, got torch\.float32"):
-        augment.to_input(images / 255)
 
 
 # --- MixUp and CutMix ------------------------------------------------------------------------------------------------
