@@ -118,17 +118,15 @@ def snow(x, numbers, mean, scale, factor, threshold, radius, sigma, keep):
     return keep * x + (1 - keep) * np.maximum(x, gray * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
 
 
-def in_hsv(x, change):
-    return np.array([[colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel))) for pixel in row] for row in x])
-
-
 def brightness(x, numbers, amount):
-    return in_hsv(x, lambda h, s, v: (h, s, min(v + amount, 1)))
+    def brighten(pixel):
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        return colorsys.hsv_to_rgb(hue, saturation, min(value + amount, 1))
+    return np.apply_along_axis(brighten, 2, x)
 
 
 def contrast(x, numbers, factor):
-    means = [x[..., channel].mean() for channel in range(3)]
-    return factor * x + (1 - factor) * np.array(means)
+    return factor * x + (1 - factor) * x.mean(axis=(0, 1))
 
 
 def read_at(x, rows, columns, mode):

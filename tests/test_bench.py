@@ -3,8 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
-import signal
 import sys
 
 import numpy as np
@@ -47,10 +45,6 @@ def results(tmp_path_factory) -> dict:
     return json.loads(file.read_text())
 
 
-def median(results, name):
-    return results["rows"][name]["median"]
-
-
 def test_cost_of_training_by_hand():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
                           nn.Conv2d(4, 8, 1, groups=2), nn.Flatten(), nn.Linear(8 * 16 * 16, 10)).train()
@@ -60,10 +54,7 @@ def test_cost_of_training_by_hand():
     assert gflop == pytest.approx(3 * 2 * multiply_adds / 1e9) and gbytes == pytest.approx(8 * 4 * 16 * 16 * 2 / 1e9)
     assert bench.training_cost(model, "fp32", compiled=False)[1] == pytest.approx((8 + 5) * 4 * 16 * 16 * 4 / 1e9)
     assert model.training and not any(layer._forward_hooks for layer in model) and model[0].weight.device.type == "cpu"
-
-
-def test_the_published_network_takes_4_8_gflop():
-    assert bench.training_cost(models.build_model(), "fp32", False)[0] == pytest.approx(4.8, abs=0.05)
+    assert bench.training_cost(models.build_model(), "fp32", False)[0] == pytest.approx(4.8, abs=0.05)  # published
 
 
 def test_measurements_are_taken_in_turns_after_a_round_that_warms_up():
@@ -89,12 +80,12 @@ def test_all_sections_are_measured_and_values_follow_from_each_other(results):
                          "time with extras : without": "this program with extras, images/s",
                          "this program : published code": "published code, images/s"}.items():
         assert rows[ratio]["samples"] == pytest.approx(ours / rows[below]["samples"])  # round by round
-    gflop, gbytes = (median(results, f"{name}, {unit} per image") for name, unit in (
-        ("arithmetic", "GFLOP"), ("batch norm and ReLU", "GB")))
+    gflop, gbytes = (rows[name]["median"] for name in (
+        "arithmetic, GFLOP per image", "batch norm and ReLU, GB per image"))
     assert rows["fraction of the product's rate, %"]["samples"] == pytest.approx(100 * gflop * ours / product)
     bound = 1 / (gflop / product + gbytes / copy)
     assert rows["fraction of the bound, %"]["samples"] == pytest.approx(100 * ours / bound)
-    assert median(results, "training on 50,000 images, s") == pytest.approx(80 / np.median(ours))
+    assert rows["training on 50,000 images, s"]["median"] == pytest.approx(80 / np.median(ours))
     assert rows["evaluation, % of an epoch"]["samples"] == pytest.approx(
         100 * np.array(rows["evaluation of 10,000 images, s"]["samples"]) * np.median(ours) / 80)
 
@@ -105,9 +96,6 @@ def test_rates_count_the_images_of_their_steps(tmp_path, monkeypatch):
     assert bench.whole_rate(run, state, 2) == (32 + 16) / 2
     assert bench.loader_rate(run.loader, 1) == 16 / 2
     assert bench.bare_rate(run, state, 3) == 32 / 2
-    run, state = bench.build([*TINY, *bench.EXTRAS], 80, 10, tmp_path)
-    assert state.ema_model and run.loader.mixes and run.args.trivial_augment
-    assert bench.bare_rate(run, state, 1) == 32 / 2
 
 
 def test_the_published_code_is_what_it_claims_to_be(tmp_path, monkeypatch, capsys):
@@ -134,24 +122,17 @@ def test_the_published_code_is_what_it_claims_to_be(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == "7.5\n" and not kept
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_benchmark_has_written_the_sections_before(tmp_path, monkeypatch):
+def test_an_interrupted_benchmark_has_written_the_sections_before(tmp_path, monkeypatch):
     def sections(*_):
         yield "start", {"a, s": [1.0]}
         yield "memory", {"b, MB": [2.0, 4.0]}
-        os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
     set_up(monkeypatch)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its temporary folder
-    monkeypatch.setattr(bench.tempfile, "tempdir", None)
     monkeypatch.setattr(bench, "sections", sections)
-    child = multiprocessing.get_context("fork").Process(
-        target=bench.main, args=(["--json", str(tmp_path / "cpu.json"), *TINY],))
-    child.start()
-    child.join()
-    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
-    assert child.exitcode == -signal.SIGKILL
-    assert rows == {"a, s": {"section": "start", "median": 1, "min": 1, "max": 1, "samples": [1]},
-                    "b, MB": {"section": "memory", "median": 3, "min": 2, "max": 4, "samples": [2, 4]}}
+    assert bench.main(["--json", str(tmp_path / "cpu.json"), *TINY]) == 130
+    assert json.loads((tmp_path / "cpu.json").read_text())["rows"] == {
+        "a, s": {"section": "start", "median": 1, "min": 1, "max": 1, "samples": [1]},
+        "b, MB": {"section": "memory", "median": 3, "min": 2, "max": 4, "samples": [2, 4]}}
 
 
 @pytest.mark.parametrize("flags, status, message", [

@@ -28,37 +28,26 @@ def images():
     return torch.from_numpy(images)
 
 
-class Recorder(ops.BlockRandom):
-    """Random numbers that are kept in the order of use."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.numbers = []
-
-    def keep(self, numbers):
-        self.numbers.append(numbers.double().numpy())
-        return numbers
-
-    def normal(self, *shape):
-        return self.keep(super().normal(*shape))
-
-    def uniform(self, *args):
-        return self.keep(super().uniform(*args))
-
-    def poisson(self, rates):
-        return self.keep(super().poisson(rates))
+def recorded(function, numbers):
+    """Let a function of `BlockRandom` also append what it returns to a list."""
+    def record(*args):
+        found = function(*args)
+        numbers.append(found.double().numpy())
+        return found
+    return record
 
 
 @pytest.mark.parametrize("severity", [1, 3, 5])
 @pytest.mark.parametrize("operation", ALL, ids=lambda operation: operation.__name__)
 def test_batch_equals_plain_implementation(images, monkeypatch, operation, severity):
-    recorders = []
-    monkeypatch.setattr(ops, "BlockRandom", lambda *args: recorders.append(Recorder(*args)) or recorders[-1])
+    numbers = []
+    for name in ("normal", "uniform", "poisson"):
+        monkeypatch.setattr(ops.BlockRandom, name, recorded(getattr(ops.BlockRandom, name), numbers))
     corrupted = ops.corrupt(images, operation, severity, seed=5).numpy()
     constants = ops.CORRUPTIONS[operation][severity - 1]
     plain = getattr(plain_corruptions, operation.__name__)
     expected = plain_corruptions.to_bytes(np.stack([
-        plain(image / 255, (numbers[i] for numbers in recorders[0].numbers), *constants)
+        plain(image / 255, (values[i] for values in numbers), *constants)
         for i, image in enumerate(images.numpy())]))
     assert corrupted.dtype == np.uint8 and corrupted.shape == expected.shape
     difference = np.abs(corrupted.astype(int) - expected)

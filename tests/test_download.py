@@ -133,7 +133,6 @@ ONE, TWO, THREE = (f"only {speed} kB/s" for speed in (1, 2, 3))
 
 
 @pytest.mark.parametrize("makers, requests, reasons", [  # requests: server and first byte, None for more than before
-    ([S()], [(0, 0)], []),
     ([S(speed=1000)], [(0, 0)], []),  # slow, and yet the only one
     ([S(500, 500)], [(0, 0)] * 3, [ERROR] * 2),
     ([S(404), S(500), S()], [(0, 0), (1, 0), (2, 0)], [NOT_FOUND, ERROR]),
