@@ -24,6 +24,7 @@ TINY = ["--num-blocks", "1", "1", "1", "--channels", "16", "--batch-size", "32",
 
 # The published constants once more, so that a slip in models/ shows.
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+small_data, run, start, paused, unbroken = runs.small_data, runs.run, runs.start, runs.paused, runs.unbroken  # fixtures
 
 # What --deterministic sets, which is too late for cuBLAS where an earlier test of this process has used it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,6 +55,21 @@ def run_train(data_dir, tmp_path):
         places = ["--data-dir", str(data_dir), "--output-dir", str(tmp_path / "run")]
         return train.main([*places, *flags] if "--resume" in flags else [*TINY, *places, *flags])
     return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that calls a program on what must be refused in one line, and returns the line."""
+    def refused(program, *argv, status: int = 2, **kwargs) -> str:
+        capsys.readouterr()
+        try:
+            found = program(*argv, **kwargs)
+        except SystemExit as exit:  # argparse's way out
+            found = exit.code
+        printed = capsys.readouterr()
+        assert (found, printed.out) == (status, "") and re.fullmatch(r"\w+\.py: error: .*\n", printed.err), printed
+        return printed.err
+    return refused
 
 
 @pytest.fixture
@@ -118,8 +134,3 @@ def six_views(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     padded = np.pad(images.numpy(), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
     shifted = [torch.from_numpy(padded[:, i:i + 32, i:i + 32].copy()) for i in range(3)]
     return sum(one_by_one(model, view).softmax(1) for each in shifted for view in (each, each.flip(2))) / 6
-
-
-def accuracy_in(text: str) -> str:
-    """Return the accuracy that evaluate.py printed."""
-    return re.search(r"test accuracy (\d+\.\d\d)%", text)[1]

@@ -1,6 +1,7 @@
 """Small training runs that a test can stop, kill or disturb, and a bitwise comparison of run folders."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torch._dynamo  # the first step of an optimizer imports it; here, once for all processes of `Child`
 
+import data
 import evaluate
 import train
 import utils
@@ -34,7 +37,7 @@ PLACES = {"first": (0, 1), "middle": (0, 2), "last": (0, 4), "between": (1, 0), 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
 
 
-# --- fixtures; a test module assigns those that it uses to names of its own ------------------------------------------
+# --- fixtures, which conftest.py hands on to all tests ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +60,16 @@ def start(small_data, tmp_path):
     return start
 
 
+@pytest.fixture
+def paused(start, tmp_path):
+    """A function that starts a run in a process and waits until it pauses, by default after the third step."""
+    def paused(*flags: str, prepare: Callable = pause_after, args: tuple = (0, 3), **kwargs: Any) -> Child:
+        child = start(*flags, prepare=prepare, args=(*args, tmp_path / "marker"), **kwargs)
+        wait_for((tmp_path / "marker").exists)
+        return child
+    return paused
+
+
 @pytest.fixture(scope="session")
 def unbroken(small_data, tmp_path_factory) -> Path:
     """The folder of a run that nothing happened to."""
@@ -76,6 +89,13 @@ def write_data(folder: Path, count: int) -> Path:
     return folder
 
 
+def make_split(count: int = 70) -> data.Split:
+    """Make `count` random images with random labels."""
+    rng = np.random.default_rng(count)
+    return data.Split(torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
+                      torch.from_numpy(rng.integers(0, 10, count)), list("abcdefghij"))
+
+
 def write_batch(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Write images (N, 32, 32, 3) uint8 and labels as a batch file with the official keys."""
     batch = {b"batch_label": b"test", b"labels": labels.tolist(),
@@ -84,10 +104,10 @@ def write_batch(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     path.write_bytes(pickle.dumps(batch, protocol=2))
 
 
-def command_line(data: Path, folder: Path, *flags: str) -> list[str]:
+def command_line(data_dir: Path, folder: Path, *flags: str) -> list[str]:
     """Return the arguments of a small run; a resumed one takes its settings from the checkpoint."""
     settings = [] if "--resume" in flags and "auto" not in flags else SMALL
-    return [*settings, "--data-dir", str(data), "--output-dir", str(folder), *flags]
+    return [*settings, "--data-dir", str(data_dir), "--output-dir", str(folder), *flags]
 
 
 # --- stopping and comparing ------------------------------------------------------------------------------------------
@@ -95,12 +115,7 @@ def command_line(data: Path, folder: Path, *flags: str) -> list[str]:
 
 def stop(run: Callable[..., int], place: str, *flags: str, number: int = signal.SIGTERM, **kwargs: Any) -> None:
     """Run until one of the `PLACES`; stop there by a signal, or `between` epochs without one, after saving."""
-    train_step, finish_epoch, (epoch, step) = train.train_step, train.finish_epoch, PLACES[place]
-
-    def step_and_signal(run, state, *batch):
-        train_step(run, state, *batch)
-        if (state.epoch, state.step) == (epoch, min(step, len(run.loader))):
-            signal.raise_signal(number)
+    finish_epoch, (epoch, step) = train.finish_epoch, PLACES[place]
 
     def finish_and_stop(run, state):
         finish_epoch(run, state)
@@ -111,8 +126,9 @@ def stop(run: Callable[..., int], place: str, *flags: str, number: int = signal.
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", step_and_signal)
+        patch.setattr(train, "train_step", train.train_step)  # restores it
         patch.setattr(train, "finish_epoch", finish_and_stop)
+        at_step(epoch, step, lambda *_: signal.raise_signal(number))
         assert run(*flags, **kwargs) == (130 if place == "between" or number == signal.SIGINT else 143)
 
 
@@ -152,6 +168,34 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert where is None, f"{name}{where}"
     assert metrics(found) == metrics(expected), "metrics.csv differs"
     assert metrics(found).count("\n") == 1 + len(read(found)["history"]), "metrics.csv has other rows than the history"
+
+
+# --- files of other origin -------------------------------------------------------------------------------------------
+
+
+class Call:
+    """Pickles as the call of a function with arguments."""
+
+    def __init__(self, *call: Any):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def trap(path: Path) -> Call:
+    """Return what makes a folder if it is unpickled."""
+    return Call(os.mkdir, str(path))
+
+
+def repack(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Rewrite the pickle in a checkpoint; all checksums are right."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            new.writestr(entry.filename, change(content) if entry.filename.endswith("data.pkl") else content)
+    path.write_bytes(target.getvalue())
 
 
 # --- a process of its own --------------------------------------------------------------------------------------------
@@ -230,12 +274,12 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
 
 
 def at_step(epoch: int, step: int, action: Callable[[train.Run, train.TrainState], Any]) -> None:
-    """Do something at the end of a step."""
+    """Do something at the end of a step, or of the last one of a shorter epoch."""
     train_step = train.train_step
 
     def step_and_act(run, state, *batch):
         train_step(run, state, *batch)
-        if (state.epoch, state.step) == (epoch, step):
+        if (state.epoch, state.step) == (epoch, min(step, len(run.loader))):
             action(run, state)
 
     train.train_step = step_and_act

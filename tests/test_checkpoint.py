@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import io
 import json
 import os
 import pickle
@@ -11,20 +10,16 @@ import shutil
 import signal
 import zipfile
 
-import numpy as np
 import pytest
 import runs
 import torch
 
 import checkpoint
 import data
-import evaluate
 import hardware
-import models
 from checkpoint import load_checkpoint
 from utils import UserError
 
-run, start, small_data, unbroken = runs.run, runs.start, runs.small_data, runs.unbroken  # fixtures
 CPU = torch.device("cpu")
 
 
@@ -33,19 +28,6 @@ def stopped(run, tmp_path):
     """The folder of a run that was stopped in its second epoch; last.pt, previous.pt and best.pt are in it."""
     runs.stop(run, "later", "--save-minutes", "0")
     return tmp_path / "run"
-
-
-@pytest.fixture
-def refused(run, capsys):
-    """A function that asserts that a run is refused in one line, with status 2, and returns the line."""
-    def refused(*flags: str, **kwargs) -> str:
-        capsys.readouterr()
-        assert run(*flags, **kwargs) == 2
-        printed = capsys.readouterr()
-        assert printed.err.startswith("train.py: error: ") and printed.err.count("\n") == 1, printed.err
-        assert printed.out == ""
-        return printed.err
-    return refused
 
 
 def flip(path, record="data/0"):
@@ -77,11 +59,13 @@ def test_a_restart_by_torchrun_continues_the_run(flags, stopped, run, unbroken, 
 
 
 @runs.needs_fork
-@pytest.mark.parametrize("epoch, step, calls", [(0, 0, 6), (1, 1, 7)])
-def test_killed_at_each_call_that_changes_a_file(epoch, step, calls, start, run, tmp_path, unbroken):
-    """At the start of a run, and in a save with a new best.pt."""
+@pytest.mark.parametrize("flags, epoch, step, calls", [([], 0, 0, 6), ([], 1, 1, 7), (["--overwrite"], 0, 0, 10)])
+def test_killed_at_each_call_that_changes_a_file(flags, epoch, step, calls, start, run, tmp_path, unbroken):
+    """At the start of a run, in a save with a new best.pt, and while --overwrite removes an old run."""
     for number in range(1, 100):
-        child = start("--save-minutes", "0", prepare=runs.kill_at_call, args=(number, epoch, step))
+        if flags:
+            shutil.copytree(unbroken, tmp_path / "run")
+        child = start("--save-minutes", "0", *flags, prepare=runs.kill_at_call, args=(number, epoch, step))
         if child.wait() == 99:
             break
         assert child.wait() == -signal.SIGKILL, child.output()
@@ -93,24 +77,10 @@ def test_killed_at_each_call_that_changes_a_file(epoch, step, calls, start, run,
 
 
 @runs.needs_fork
-def test_killed_while_overwrite_removes_an_old_run(start, run, tmp_path, unbroken):
-    for number in range(1, 100):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(unbroken, tmp_path / "run")
-        if start("--overwrite", prepare=runs.kill_at_call, args=(number, 0, 0)).wait() == 99:
-            break
-        assert run("--resume", "auto") == 0  # continues the old run, or starts the new one
-        assert runs.difference(runs.read(tmp_path / "run")["model"], runs.read(unbroken)["model"]) is None
-    assert number > 10
-
-
-@runs.needs_fork
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_the_lock_ends_with_its_process(workers, start, run, tmp_path, unbroken):
+def test_the_lock_ends_with_its_process(workers, paused, run, tmp_path, unbroken):
     """Also while worker processes outlive it: for some seconds, and here stopped, so that they surely do."""
-    child = start("--workers", workers, "--save-minutes", "0", prepare=runs.pause_after,
-                  args=(0, 2, tmp_path / "marker"))
-    runs.wait_for((tmp_path / "marker").exists)
+    child = paused("--workers", workers, "--save-minutes", "0")
     processes = [int(word) for word in (tmp_path / "marker").read_text().split()]
     assert bool(processes) == (workers != "0")
     for process in processes:
@@ -129,7 +99,7 @@ def test_the_lock_ends_with_its_process(workers, start, run, tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("record", ["data.pkl", "data/0", "data/20"])
-def test_a_damaged_last_is_replaced_by_previous(record, run, stopped, unbroken, capsys):
+def test_a_damaged_last_is_replaced_by_previous(record, run, refused, stopped, unbroken, capsys):
     flip(stopped / "last.pt", record)
     before = (stopped / "previous.pt").read_bytes()
     runs.stop(run, "later", "--resume")
@@ -139,15 +109,10 @@ def test_a_damaged_last_is_replaced_by_previous(record, run, stopped, unbroken, 
     assert warning.endswith(f"continuing from {stopped / 'previous.pt'}")
     assert run("--resume") == 0
     runs.assert_same_run(stopped, unbroken)
-
-
-def test_two_damaged_files_are_both_named_and_left_alone(refused, stopped):
-    for name in ("last.pt", "previous.pt"):
-        flip(stopped / name)
-    before = files(stopped)
-    error = refused("--resume")
-    assert str(stopped / "last.pt") in error and str(stopped / "previous.pt") in error
-    assert files(stopped) == before
+    for path in (stopped / "last.pt", stopped / "previous.pt"):
+        flip(path, record)
+    before, error = files(stopped), refused(run, "--resume")
+    assert str(stopped / "last.pt") in error and str(stopped / "previous.pt") in error and files(stopped) == before
 
 
 @pytest.mark.parametrize("damage", [flip, os.remove, lambda path: path.write_text("of an older epoch")])
@@ -176,27 +141,27 @@ def test_a_checkpoint_of_a_release_that_kept_the_best_weights_in_best_pt_alone(r
 
 def test_paths_of_resume(run, refused, tmp_path, unbroken, monkeypatch):
     run_folder = tmp_path / "run"
-    assert "no run in" in refused("--resume")
-    assert "not found" not in refused("--resume", str(tmp_path / "none"))
+    assert "no run in" in refused(run, "--resume")
+    assert "not found" not in refused(run, "--resume", str(tmp_path / "none"))
     assert list(tmp_path.iterdir()) == []  # not even a lock
     monkeypatch.chdir(tmp_path)
     for place, path in [("first", "auto"), ("middle", str(run_folder)), ("last", "run/last.pt")]:
         runs.stop(run, place, "--resume", path)
     before = files(run_folder)
-    assert "--init-from" in refused("--resume", "run/args.json")
-    assert "--epochs 9" in refused("--resume", "run/previous.pt", "--epochs", "9")
+    assert "--init-from" in refused(run, "--resume", "run/args.json")
+    assert "--epochs 9" in refused(run, "--resume", "run/previous.pt", "--epochs", "9")
     assert files(run_folder) == before
     assert run("--resume", "run/previous.pt") == 0
     runs.assert_same_run(run_folder, unbroken)
-    assert "use --init-from" in refused("--resume", "run/best.pt")
+    assert "use --init-from" in refused(run, "--resume", "run/best.pt")
 
 
 @pytest.mark.parametrize("left", ["best.pt", "metrics.csv", "results.json"])
-def test_what_is_left_of_a_run_is_not_overwritten(left, refused, tmp_path, unbroken):
+def test_what_is_left_of_a_run_is_not_overwritten(left, run, refused, tmp_path, unbroken):
     (tmp_path / "run").mkdir()
     shutil.copy(unbroken / left, tmp_path / "run")
     for flags in ([], ["--resume", "auto"]):
-        assert "holds a run; continue it with --resume, replace it with --overwrite" in refused(*flags)
+        assert "holds a run; continue it with --resume, replace it with --overwrite" in refused(run, *flags)
     assert list(files(tmp_path / "run")) == [left]
 
 
@@ -205,35 +170,34 @@ def test_overwrite_removes_the_run_and_no_other_files(run, refused, tmp_path):
     notes = [tmp_path / "run" / name for name in ("notes.txt", "my-weights.pt", "me.png")]
     for path in notes:
         path.write_text("mine")
-    refused()
+    refused(run)
     assert run("--overwrite", "--epochs", "1") == 0
     assert all(path.exists() for path in notes) and runs.read(tmp_path / "run")["epoch"] == 1
 
 
-def test_a_run_that_began_while_the_data_were_read_is_kept(refused, tmp_path, unbroken, monkeypatch):
+def test_a_run_that_began_while_the_data_were_read_is_kept(run, refused, tmp_path, unbroken, monkeypatch):
     load_data = data.load_data
     monkeypatch.setattr(data, "load_data", lambda *args: (
         shutil.copytree(unbroken, tmp_path / "run", dirs_exist_ok=True), load_data(*args))[1])
-    assert "holds a run" in refused()
+    assert "holds a run" in refused(run)
     assert files(tmp_path / "run") == files(unbroken)
 
 
 @runs.needs_fork
-def test_two_runs_in_one_folder(start, refused, tmp_path):
-    first = start("--save-minutes", "0", prepare=runs.pause_after, args=(0, 2, tmp_path / "marker"))
-    runs.wait_for((tmp_path / "marker").exists)
+def test_two_runs_in_one_folder(paused, run, refused, tmp_path):
+    first = paused("--save-minutes", "0")
     before = files(tmp_path / "run")
-    assert "holds a run" in refused()
+    assert "holds a run" in refused(run)
     for flags in (["--overwrite"], ["--resume", "auto"], ["--resume"]):
-        assert f"the run folder {tmp_path / 'run'} is in use by another process" in refused(*flags)
+        assert f"the run folder {tmp_path / 'run'} is in use by another process" in refused(run, *flags)
     assert files(tmp_path / "run") == before
     first.signal(signal.SIGKILL)
 
 
-def test_a_folder_that_cannot_be_written(refused, tmp_path):
+def test_a_folder_that_cannot_be_written(run, refused, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot write to the run folder" in refused(folder="file/run")
-    assert "no run in" in refused("--resume", folder="file/run")
+    assert "cannot write to the run folder" in refused(run, folder="file/run")
+    assert "no run in" in refused(run, "--resume", folder="file/run")
 
 
 def test_a_file_system_without_locks_costs_one_line(run, tmp_path, capsys, monkeypatch):
@@ -248,56 +212,6 @@ def test_a_file_system_without_locks_costs_one_line(run, tmp_path, capsys, monke
 # --- checkpoints of other origin -------------------------------------------------------------------------------------
 
 
-def repacked(path, change):
-    """Rewrite the pickle in a checkpoint; all checksums are right."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
-        for entry in old.infolist():
-            content = old.read(entry)
-            new.writestr(entry.filename, change(content) if entry.filename.endswith("data.pkl") else content)
-    path.write_bytes(target.getvalue())
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("numpy", [b"numpy.core.", b"numpy._core."])  # as NumPy 1 and 2 write it
-def test_checkpoints_of_the_published_code(prefix, numpy, unbroken, tmp_path):
-    weights, path = runs.read(unbroken)["model"], tmp_path / "ckpt.pth"
-    torch.save({"net": {prefix + name: value for name, value in weights.items()}, "acc": 93.5, "epoch": 7,
-                "config": {"num_blocks": [4, 4, 3], "channels": None, "total_params": np.int64(5342)}}, path)
-    repacked(path, lambda content: content.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", numpy))
-    with zipfile.ZipFile(path) as archive:
-        assert numpy + b"multiarray\nscalar" in archive.read("ckpt/data.pkl")
-    found = load_checkpoint(path)
-    assert runs.difference(found["model"], dict(weights)) is None and found["args"] == {}
-
-
-def test_a_plain_state_dict_is_loaded_if_it_fits(run, tmp_path):
-    model, path = models.SEResNet(num_blocks=[1, 1], channels=8, se_reduction=2), tmp_path / "weights.pt"
-    torch.save(model.state_dict(), path)
-    assert run("--init-from", str(path), "--lr", "0", "--epochs", "1") == 0
-    assert torch.equal(runs.read(tmp_path / "run")["model"]["conv1.weight"], model.conv1.weight)
-    with pytest.raises(UserError, match="different architecture: conv1.weight is .8, 3, 3, 3. there"):
-        evaluate.load_checkpoint_model(path)  # without settings it is the default network
-
-
-def test_out_of_memory_on_resume_is_called_that(stopped, run, monkeypatch, capsys):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", fail)
-    assert run("--resume") == 1
-    assert capsys.readouterr().err.endswith("out of memory; choose a smaller --batch-size, or another --device\n")
-
-
-class Caller:
-    """Pickles as a call of `os.system`, which would make a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def edit(**changes):
     """Return a function that replaces entries of a checkpoint, or removes those that are None."""
     def edited(path, _):
@@ -307,8 +221,9 @@ def edit(**changes):
 
 
 WRONG = {
-    "pickle of a call": (lambda path, marker: path.write_bytes(pickle.dumps(Caller(marker))), "damaged or not a"),
-    "archive with a call": (lambda path, marker: repacked(path, lambda _: pickle.dumps(Caller(marker), 2)), "Unpick"),
+    "pickle of a call": (lambda path, marker: path.write_bytes(pickle.dumps(runs.trap(marker))), "damaged or not a"),
+    "archive with a call": (
+        lambda path, marker: runs.repack(path, lambda _: pickle.dumps(runs.trap(marker), 2)), "Unpick"),
     "archive without data": (lambda path, _: zipfile.ZipFile(path, "w").close(), "damaged or not a"),
     "truncated": (lambda path, _: os.truncate(path, 20_000), "damaged or not a"),
     "tensor": (lambda path, _: torch.save(torch.zeros(3), path), "damaged or not a"),
@@ -322,11 +237,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_checkpoint_that_cannot_be_resumed_costs_one_line(name, refused, stopped, tmp_path):
+def test_a_checkpoint_that_cannot_be_resumed_costs_one_line(name, run, refused, stopped, tmp_path):
     damage, reason = WRONG[name]
     (stopped / "previous.pt").unlink()
     damage(stopped / "last.pt", tmp_path / "marker")
-    error = refused("--resume")
+    error = refused(run, "--resume")
     assert str(stopped) in error and reason in error and "\x1b" not in error and not (tmp_path / "marker").exists()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import Call
 
 import cifar10
 from utils import UserError
@@ -91,13 +92,6 @@ def test_files_of_other_versions_are_read(file, protocol):
         assert np.array_equal(images, IMAGES) and ids.dtype == np.int64 and ids.tolist() == IDS
 
 
-def test_unlabeled_files_are_read(file):
-    for ids in (IDS, np.array(IDS, np.uint64)):
-        assert cifar10.read_unlabeled(file({b"data": PLANES, b"ids": ids}))[1].tolist() == IDS
-    images, ids = cifar10.read_unlabeled(file({"data": ARRAYS[3], "labels": "anything"}))
-    assert ids is None and np.array_equal(images, IMAGES) and images.flags.writeable
-
-
 @pytest.mark.parametrize("change, found", [
     ({b"labels": [3, 10]}, "found labels from 3 to 10; expected 0 to 9"),
     ({b"labels": np.array([255, 254], "u1")}, "found labels from 254 to 255; expected"),
@@ -161,16 +155,6 @@ def text(value: str) -> bytes:
 
 def dtype(code: str) -> bytes:
     return b"cnumpy\ndtype\n(" + text(code) + b"\x89\x88tR"
-
-
-class Call:
-    """Pickles as the call of a function with arguments."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call[0], self.call[1:]
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from checkpoint import COLUMNS
 from tools import compare
 
 ROOT = Path(compare.__file__).resolve().parent.parent
-COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss",
-           "test_accuracy", "seconds", "images_per_second")
 
 
 def make_run(parent, name, accuracies, finished=True, results=None, **settings):
@@ -33,10 +32,9 @@ def make_run(parent, name, accuracies, finished=True, results=None, **settings):
         lines.append(",".join(str(row.get(column, "")) for column in COLUMNS))
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     if finished:
-        found = {"last_accuracy": accuracies[-1], "best_accuracy": max(accuracies), "best_epoch": 1,
-                 "test_accuracy": accuracies[-1], "selected_on": "validation" if split == "val" else "test",
-                 "epochs": len(accuracies), "seconds": 120.0, "images_per_second": 1000.0, "parameters": 4697742,
-                 "device": "some GPU", "precision": "bf16", "compile": True, "ranks": 1, "threads": 2,
+        found = {"last_accuracy": accuracies[-1], "best_accuracy": max(accuracies), "test_accuracy": accuracies[-1],
+                 "selected_on": "validation" if split == "val" else "test", "seconds": 120.0, "device": "some GPU",
+                 "images_per_second": 1000.0, "precision": "bf16", "compile": True, "ranks": 1,
                  "versions": {"torch": "2.10.0"}}
         (folder / "results.json").write_text(json.dumps(found | (results or {})))
     return folder
@@ -84,47 +82,33 @@ def test_only_different_seeds_of_equal_runs_on_the_same_hardware_are_averaged(tm
 
 
 def test_unfinished_runs_show_the_results_so_far_and_are_not_averaged_with_finished_ones(tmp_path):
-    rows = read_table(make_run(tmp_path, "done", [50.0, 60.0, 70.0], epochs=3),
-                      make_run(tmp_path, "busy", [62.0, 71.5, 65.25], finished=False, seed=1, epochs=3),
-                      make_run(tmp_path, "new", [], finished=False, seed=2, epochs=3))
-    assert rows[1] == {"run": "busy", "seed": "1", "epochs": "3/3", "selected on": "test", "last (%)": "65.25",
+    """With validation images, whose accuracy is not the test accuracy."""
+    rows = read_table(make_run(tmp_path, "done", [50.0, 60.0, 70.0], val_size=9, results={"test_accuracy": 58.5}),
+                      make_run(tmp_path, "busy", [62.0, 71.5, 65.25], finished=False, seed=1, val_size=9),
+                      make_run(tmp_path, "new", [], finished=False, seed=2, val_size=9, epochs=3))
+    assert [rows[0][name] for name in ("selected on", "last (%)", "test (%)")] == ["validation", "70.00", "58.50"]
+    assert rows[1] == {"run": "busy", "seed": "1", "epochs": "3/3", "selected on": "validation", "last (%)": "65.25",
                        "best (%)": "71.50", "test (%)": "-", "minutes": "-", "images/s": "-"}
     assert (rows[2]["run"], rows[2]["epochs"], rows[2]["last (%)"], rows[2]["best (%)"]) == ("new", "0/3", "-", "-")
+    assert compare.build_notes(read_groups(tmp_path / "busy")) == []  # none of them applies
 
 
-def test_validation_runs_show_validation_and_test_accuracy(tmp_path):
-    rows = read_table(make_run(tmp_path, "a", [50.0, 60.0], val_size=500, results={"test_accuracy": 58.5}),
-                      make_run(tmp_path, "b", [55.0], val_size=500, finished=False))
-    assert [(row["selected on"], row["last (%)"], row["test (%)"]) for row in rows] == [
-        ("validation", "60.00", "58.50"), ("validation", "55.00", "-")]
-    assert compare.build_notes(read_groups(tmp_path / "b")) == []  # none of them applies
-
-
-def test_program_prints_table_and_notes_and_reads_each_folder_once(tmp_path, capsys):
-    folder = make_run(tmp_path, "sgd-0", [90.0])
-    compare.main([str(folder), f"{folder}/../sgd-0", str(make_run(tmp_path, "sgd-1", [92.0], seed=1))])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(set(map(len, lines[:3]))) == 1 and "|  0 1 |" in lines[2] and "| 91.00 ± 1.41 |" in lines[2]
-    assert lines[3::2] == [""] * 3 and lines[4::2] == [
-        "Runs that differ only by seed share a row: mean ± sample standard deviation.",
-        "Where the best epoch was selected on the test set, its accuracy is optimistic; compare the last.",
-        "Measured on: some GPU, bf16, torch 2.10.0."]
-
-
-def test_markdown_holds_the_table_and_a_relative_link_to_the_picture(tmp_path):
-    folder = make_run(tmp_path, "a|b", [90.0])
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "pictures").mkdir()
-    compare.main([str(folder), "--picture", str(tmp_path / "pictures" / "all.png"),
-                  "--markdown", str(tmp_path / "docs" / "runs.md")])
-    lines = (tmp_path / "docs" / "runs.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| run  | epochs | selected on | last (%) | best (%) | test (%) | minutes | images/s |"
-    assert lines[1] == "| ---- | -----: | ----------: | -------: | -------: | -------: | ------: | -------: |"
-    assert lines[2] == "| a\\|b |    1/1 |        test |    90.00 |    90.00 |    90.00 |     2.0 |     1000 |"
-    assert lines[3] == "" and lines[-1] == "![Curves of the runs](../pictures/all.png)"
-    assert imread(tmp_path / "pictures" / "all.png").shape[:2] == (960, 1500)
+def test_the_table_is_printed_and_written_with_notes_and_a_relative_link_to_the_picture(tmp_path, refused, capsys):
+    folder, picture, markdown = make_run(tmp_path, "a|b-0", [90.0]), tmp_path / "a/b/all.png", tmp_path / "a/c/runs.md"
+    argv = [str(folder), f"{folder}/../a|b-0", str(make_run(tmp_path, "a|b-1", [92.0], seed=1))]  # one of them twice
+    assert compare.main([*argv, "--picture", str(picture), "--markdown", str(markdown)]) == 0
+    written = markdown.read_text(encoding="utf-8")
+    assert written == capsys.readouterr().out + "\n![Curves of the runs](../b/all.png)\n"
+    assert written.splitlines()[:-2] == [
+        "| run    | seed | epochs | selected on |     last (%) |     best (%) |     test (%) |   minutes | images/s |",
+        "| ------ | ---: | -----: | ----------: | -----------: | -----------: | -----------: | --------: | -------: |",
+        "| a\\|b-* |  0 1 |    1/1 |        test | 91.00 ± 1.41 | 91.00 ± 1.41 | 91.00 ± 1.41 | 2.0 ± 0.0 | 1000 ± 0 |",
+        "", "Runs that differ only by seed share a row: mean ± sample standard deviation.",
+        "", "Where the best epoch was selected on the test set, its accuracy is optimistic; compare the last.",
+        "", "Measured on: some GPU, bf16, torch 2.10.0."]
+    assert imread(picture).shape[:2] == (960, 1500)
     for flag in ("--picture", "--markdown"):
-        assert compare.main([str(folder), flag, str(tmp_path / "docs" / "runs.md" / "file")]) == 2
+        assert "cannot write" in refused(compare.main, [str(folder), flag, str(markdown / "file")])
 
 
 def test_picture_shows_training_beside_evaluation_with_one_color_and_label_per_group(tmp_path):
@@ -153,15 +137,13 @@ def test_picture_shows_training_beside_evaluation_with_one_color_and_label_per_g
     ("metrics.csv", ",".join(COLUMNS) + "\n1,x" + "," * 9 + "\n", "'x'"),
     ("results.json", '{"seconds": 1, "last_accuracy": "good"}', "good"),
 ])
-def test_unreadable_folder_is_one_line_and_status_2(tmp_path, capsys, file, text, reason):
+def test_unreadable_folder_is_one_line(tmp_path, refused, file, text, reason):
     folder = make_run(tmp_path, "a", [50.0])
     (folder / file).unlink()
     if text is not None:
         (folder / file).write_text(text)
-    status = compare.main([str(make_run(tmp_path, "good", [50.0])), str(folder)])
-    out, err = capsys.readouterr()
-    assert status == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith(f"compare.py: error: {folder / file}: ") and reason in err
+    error = refused(compare.main, [str(make_run(tmp_path, "good", [50.0])), str(folder)])
+    assert error.startswith(f"compare.py: error: {folder / file}: ") and reason in error
 
 
 def test_the_command_of_the_readme_as_typed(tmp_path):

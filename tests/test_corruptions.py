@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import trap
 from torch.nn.functional import one_hot
 
 from tools import corruption_ops as ops
@@ -16,54 +17,41 @@ from utils import UserError
 NAMES = [operation.__name__ for operation in ops.CORRUPTIONS]
 
 
-def test_program_measures_every_corruption(trained, data_dir, tmp_path, monkeypatch, capsys):
+def test_every_corruption_is_measured_and_an_interrupted_measurement_continues(trained, data_dir, test_set, tmp_path,
+                                                                              monkeypatch, refused, capsys):
+    argv = [str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "8", "--device", "cpu",
+            "--precision", "fp32", "--output"]
     monkeypatch.setattr(ops, "BLOCK", 8)
-    output = tmp_path / "new" / "folder" / "out.json"
-    assert corruptions.main([str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "8", "--device",
-                             "cpu", "--precision", "fp32", "--output", str(output)]) == 0
-    results, printed = json.loads(output.read_text()), capsys.readouterr().out
+    whole, part = tmp_path / "new" / "folder" / "whole.json", tmp_path / "part.json"
+    assert corruptions.main([*argv, str(whole)]) == 0
+    results, table = json.loads(whole.read_text()), capsys.readouterr().out
     assert list(results["accuracy"]) == list(results["settings"]["images"]) == ["clean", *NAMES]
     assert [len(row) for row in results["accuracy"].values()] == [1] + [5] * 14
     assert results["mean"] == pytest.approx(np.mean([results["accuracy"][name] for name in NAMES]))
-    assert results["left_out"] == ["frost"] and "mean: frost" in printed and "14 of the 15" in printed
-    row = next(line for line in printed.splitlines() if line.startswith("contrast"))
+    assert results["left_out"] == ["frost"] and "mean: frost" in table and "14 of the 15" in table
+    row = next(line for line in table.splitlines() if line.startswith("contrast"))
     assert [float(cell) for cell in row.split()[1:6]] == pytest.approx(results["accuracy"]["contrast"], abs=0.005)
 
+    predict, calls, clean = corruptions.predict_logits, [], test_set.images[:8]
 
-def test_an_interrupted_measurement_continues_from_its_output(trained, data_dir, tmp_path, monkeypatch, capsys):
-    argv = [str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "4", "--output"]
-    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
-    assert corruptions.main([*argv, str(whole)]) == 0
-    table = capsys.readouterr().out
-    predict, calls = corruptions.predict_logits, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
+    def interrupted(model, images, **kwargs):
+        calls.append(images)
         if len(calls) == 30:  # in the seventh set
             raise KeyboardInterrupt
-        return predict(*args, **kwargs)
+        return predict(model, images, **kwargs)
     monkeypatch.setattr(corruptions, "predict_logits", interrupted)
     assert corruptions.main([*argv, str(part)]) == 130
     assert len(json.loads(part.read_text())["accuracy"]) == 6
     capsys.readouterr()
     assert corruptions.main([*argv, str(part)]) == 0
-    assert part.read_text() == whole.read_text() and len(calls) == 30 + 71 - 26
-    assert capsys.readouterr().out == table.replace("whole.json", "part.json")
+    assert part.read_text() == whole.read_text()
+    assert capsys.readouterr().out == table.replace(str(whole), str(part))
+    images = [clean, *(ops.corrupt(clean, operation, i, 0) for operation in ops.CORRUPTIONS for i in range(1, 6))]
+    assert all(torch.equal(*pair) for pair in zip(calls, images[:30] + images[26:], strict=True))
 
-    assert corruptions.main([*argv, str(part), "--seed", "1"]) == 2
-    assert "with other settings or weights" in capsys.readouterr().err
+    assert "with other settings or weights" in refused(corruptions.main, [*argv, str(part), "--seed", "1"])
     part.write_text("notes")
-    assert corruptions.main([*argv, str(part)]) == 2 and part.read_text() == "notes"
-
-
-def test_generated_sets_are_the_clean_images_and_every_corruption(test_set, monkeypatch):
-    monkeypatch.setattr(ops, "BLOCK", 2)
-    split = test_set._replace(images=test_set.images[:3], targets=test_set.targets[:3])
-    clean, *others = corruptions.generate_sets(split, 7, torch.device("cpu"))
-    assert torch.equal(clean.versions[0](), split.images) and [each.name for each in others] == NAMES
-    for each, operation in zip(others, ops.CORRUPTIONS, strict=True):
-        assert len(each.versions) == 5 and torch.equal(each.targets, split.targets)
-        assert torch.equal(each.versions[4](), ops.corrupt(split.images, operation, 5, seed=7))
+    assert refused(corruptions.main, [*argv, str(part)]) and part.read_text() == "notes"
 
 
 # --- published files -------------------------------------------------------------------------------------------------
@@ -102,14 +90,6 @@ def test_published_files_are_read_by_severity(folder, monkeypatch, capsys):
     assert limited["fog"] == pytest.approx([75, 50, 25, 0, 0])
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def cut_off(array: np.ndarray, path: Path):
     np.save(path, array)
     path.write_bytes(path.read_bytes()[:-1])
@@ -117,8 +97,8 @@ def cut_off(array: np.ndarray, path: Path):
 
 @pytest.mark.parametrize("name, write, message", [
     ("fog.npy", lambda path: np.save(path, np.zeros((29, 32, 32, 3), np.uint8)), "fog.npy has uint8 (29, 32, 32, 3)"),
-    ("fog.npy", lambda path: path.write_bytes(pickle.dumps(Malicious(path.with_name("run")))), "fog.npy is not a"),
-    ("fog.npy", lambda path: np.save(path, np.array([Malicious(path.with_name("run"))])), "fog.npy is not a"),
+    ("fog.npy", lambda path: path.write_bytes(pickle.dumps(trap(path.with_name("run")))), "fog.npy is not a"),
+    ("fog.npy", lambda path: np.save(path, np.array([trap(path.with_name("run"))])), "fog.npy is not a"),
     ("fog.npy", lambda path: cut_off(np.load(path), path), "fog.npy is not a"),
     ("labels.npy", lambda path: np.save(path, np.full(30, 10, np.uint8)), "from 0 to 9"),
     ("labels.npy", lambda path: np.save(path, np.arange(30) % 10), "the same ones for each severity"),
@@ -141,8 +121,6 @@ def test_malformed_files_are_refused_and_never_run(folder, name, write, message)
     (["--synthetic", "--output", "{}"], "cannot write to {}"),
     (["--synthetic", "--output", "{}/fog.npy/out.json"], "fog.npy"),
 ])
-def test_mistakes_are_one_line(trained, folder, monkeypatch, capsys, flags, message):
+def test_mistakes_are_one_line(trained, folder, monkeypatch, refused, flags, message):
     monkeypatch.setattr(corruptions, "measure", None)  # found before anything is computed
-    status = corruptions.main([str(trained), *(flag.format(folder) for flag in flags)])
-    error = capsys.readouterr().err
-    assert status == 2 and message.format(folder) in error and error.count("\n") == 1
+    assert message.format(folder) in refused(corruptions.main, [str(trained), *(each.format(folder) for each in flags)])

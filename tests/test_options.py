@@ -75,12 +75,6 @@ def test_help_and_mistakes_do_not_wait_for_torch(flag, status, tmp_path):
     assert done.returncode == status and (done.stdout + done.stderr).startswith(("usage: ", "train.py: error: ")), done
 
 
-@pytest.mark.parametrize("flags, count", [([], "4,697,742"), (["--channels", "8"], "74,667")])
-def test_summary_also_where_the_channels_lower_the_default_reduction(flags, count, capsys):
-    assert train.main(["--summary", *flags]) == 0
-    assert f"Total params: {count}" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
 def test_recipes_are_taken(path):
     args, given = options.parse_args([f"@{path}"])
@@ -109,26 +103,14 @@ def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypat
     (b"--output-dir bob's", ["quotation"]),
     (b"--epochs 2\n@nowhere.txt", ["@nowhere.txt", "No such file"]),
 ])
-def test_bad_argument_files(content, words, tmp_path, capsys):
+def test_bad_argument_files(content, words, tmp_path, refused):
     path = tmp_path / "flags.txt"
     if content == "folder":
         path.mkdir()
     elif content:
         path.write_bytes(content)
-    line = mistake(capsys, f"@{path}")
+    line = refused(train.main, [f"@{path}"])
     assert all(word in line for word in [str(tmp_path), "not an argument file", *words]), line
-
-
-def mistake(capsys, *argv: object) -> str:
-    """Run train.py on a mistake, and return its one line."""
-    try:
-        status = train.main(list(map(str, argv)))
-    except SystemExit as exit:  # argparse's way out
-        status = exit.code
-    captured = capsys.readouterr()
-    assert status == 2 and captured.out == "" and captured.err.count("\n") == 1, captured
-    assert captured.err.startswith("train.py: error: ")
-    return captured.err
 
 
 @pytest.mark.parametrize("command, words", [tuple(part.strip() for part in case.split(":")) for case in """
@@ -155,26 +137,25 @@ def mistake(capsys, *argv: object) -> str:
     --warmup-epochs 200: --warmup-epochs (200) --epochs (200) try --warmup-epochs 20
     --resume auto --warmup-epochs 200: * try --warmup-epochs 20
     """.replace("\n", "|").strip("| ").split("|")])
-def test_mistakes(command, words, capsys, tmp_path, monkeypatch):
+def test_mistakes(command, words, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     folders = [] if command == "--output-dir" else ["--output-dir", "run", "--data-dir", "no data is read"]
-    line = mistake(capsys, *folders, *command.split())
+    line = refused(train.main, [*folders, *command.split()])
     expected = [command.split()[0], *words.split()] if words[0] != "*" else words[1:].split()  # *: not the flag itself
     assert all(word in line for word in expected), line
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(run_train, no_pictures, tmp_path, capsys):
+def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(run_train, no_pictures, tmp_path, refused):
     recipe = TINY[:TINY.index("--lr")]
     assert run_train("--resume", "auto", *recipe, "--epochs", "1") == 0  # starts a run
-    capsys.readouterr()
     saved = json.loads((tmp_path / "run/args.json").read_text())
     assert saved["lr"] == 0.1 and saved["num_blocks"] == [1, 1, 1] and not {"resume", "summary"} & saved.keys()
     for command, values in {"--epochs 2": "2 differs from the checkpoint's 1", "--lr 0.05": "0.05 0.1",
                             "--num-blocks 1 2": "1 2 1 1 1", "--no-augment": "off on", "--val-size 20": "20 0",
                             "--limit-test 20": "20 50", "--seed 1": "1 0"}.items():
-        line = mistake(capsys, "--output-dir", tmp_path / "run", "--resume", *command.split())
+        line = refused(train.main, ["--output-dir", str(tmp_path / "run"), "--resume", *command.split()])
         flag = command.split()[0].replace("--no-", "--")
         assert re.search(rf"{flag} {'.*'.join(values.split())}\b", line) and "--init-from" in line, line
     (tmp_path / "run/results.json").unlink()  # as if it had been stopped before the end

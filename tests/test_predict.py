@@ -64,16 +64,6 @@ def plain(trained, tmp_path):
     return tmp_path / "plain.pt"
 
 
-@pytest.fixture
-def refused(run_predict, capsys):
-    """A function that runs predict.py on what must fail with one line and status 2, and returns that line."""
-    def run(*argv) -> str:
-        assert run_predict(*argv) == 2
-        printed = capsys.readouterr()
-        assert printed.out == "" and re.fullmatch(r"predict\.py: error: .*\n", printed.err)
-        return printed.err
-    return run
-
 @pytest.mark.parametrize("ids", [None, np.random.default_rng(0).permutation(10_000)[:50]])
 def test_pickled_images_of_both_forms(run_predict, expected, test_set, tmp_path, ids):
     files = [write_pickle(tmp_path / name, test_set.images[rows], protocol, None if ids is None else ids[rows])
@@ -213,35 +203,35 @@ def test_pipes_are_written_to(run_predict, photo):
     os.close(writer)
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_images_are_labeled(refused, photo, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_at_once(run_predict, refused, photo, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "predict_logits", None)
     for flag in ("--output", "--picture"):
         for output in (tmp_path, photo / "labels.csv"):
-            assert str(output) in refused(photo, flag, output)
+            assert str(output) in refused(run_predict, photo, flag, output)
     assert list(tmp_path.iterdir()) == [photo]
 
 @pytest.mark.parametrize("name, content", {
     "text.png": b"this is a text file", "notes.txt": b"this is a text file", "empty.png": b"", "empty.pickle": b"",
     "a.gif": "GIF", "webp.png": "WEBP", "start.jpg": b"\xff\xd8\xff\xe0"}.items())
-def test_files_that_are_no_readable_image(name, content, refused, photo, tmp_path):
+def test_files_that_are_no_readable_image(name, content, run_predict, refused, photo, tmp_path):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     else:
         Image.open(photo).save(tmp_path / name, content)
-    line = refused(tmp_path / name, "--output", tmp_path / "labels.csv")
+    line = refused(run_predict, tmp_path / name, "--output", tmp_path / "labels.csv")
     assert f"{name} is not a readable PNG or JPEG image" in line and "pickle" not in line.replace(name, "")
     assert not (tmp_path / "labels.csv").exists()
 
 
-def test_other_sources_that_are_refused(refused, photo, test_set, tmp_path):
+def test_other_sources_that_are_refused(run_predict, refused, photo, test_set, tmp_path):
     hidden = write_pickle(tmp_path / "hidden", test_set.images)
-    assert re.search("hidden is a pickle and .*photo.png an image", refused(photo, hidden))
-    assert re.search("nowhere.png is not a readable .*No such file", refused(tmp_path / "nowhere.png"))
+    assert re.search("hidden is a pickle and .*photo.png an image", refused(run_predict, photo, hidden))
+    assert re.search("nowhere.png is not a readable .*No such file", refused(run_predict, tmp_path / "nowhere.png"))
     (tmp_path / "nothing").mkdir()
-    assert "nothing: the folder has no .png, .jpg, .jpeg file" in refused(tmp_path / "nothing")
+    assert "nothing: the folder has no .png, .jpg, .jpeg file" in refused(run_predict, tmp_path / "nothing")
     for content in (hidden.read_bytes()[:-100], pickle.dumps({b"data": 1}, 0), pickle.dumps({b"data": 1}, 1)):
         hidden.write_bytes(content)
-        line = refused(hidden)
+        line = refused(run_predict, hidden)
         assert "hidden" in line and "image" not in line
 
 @pytest.mark.parametrize("normalize", [True, False])
