@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 import multiprocessing
-import os
 import re
+import signal
 import time
 from collections import Counter
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from runs import make_split, needs_fork
 
 import augment
 import cifar10
@@ -20,18 +21,8 @@ import options
 from distributed import World
 from utils import UserError
 
-small_data, start = runs.small_data, runs.start  # fixtures
 FLAGS = ("--augment", "--normalize", "--trivial-augment")
 ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1"]
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method fork")
-
-
-@pytest.fixture
-def use_start_method():
-    """Set the start method of worker processes for one test."""
-    before = multiprocessing.get_start_method(allow_none=True)
-    yield lambda name: multiprocessing.set_start_method(name, force=True)
-    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture
@@ -52,21 +43,10 @@ def test_files_are_read_in_order_from_the_folder_or_its_parent(folder):
         assert split.images.shape == (100, 32, 32, 3) and split.images.dtype == torch.uint8
         assert split.images[:, 1, 1, 1].tolist() == [number for number in range(5) for _ in range(20)]
         assert split.targets.tolist() == [*range(10)] * 10 and split.targets.dtype == torch.int64
+        first = data.load_split(data_dir, cifar10.TRAIN_FILES, limit=25)
+        assert torch.equal(first.images, split.images[:25]) and torch.equal(first.targets, split.targets[:25])
         assert data.load_split(data_dir, cifar10.TEST_FILES).images[0, 1, 1, 1] == 5
     assert split.classes == list(cifar10.CLASSES)
-
-
-def test_limits_take_the_first_images(folder):
-    split = data.load_split(folder, cifar10.TRAIN_FILES, limit=25)
-    assert split.images[:, 0, 0, 0].tolist() == [*range(20), *range(5)] and len(split.targets) == 25
-    with pytest.raises(UserError, match="has 100 images in data_batch_1.*fewer than the limit of 101"):
-        data.load_split(folder, cifar10.TRAIN_FILES, limit=101)
-
-
-def test_a_missing_file_is_named(folder):
-    (folder / "data_batch_3").unlink()
-    with pytest.raises(UserError, match="data_batch_3"):
-        data.load_split(folder, cifar10.TRAIN_FILES)
 
 
 def test_validation_images_are_balanced_and_the_same_for_all_seeds(folder):
@@ -84,6 +64,7 @@ def test_validation_images_are_balanced_and_the_same_for_all_seeds(folder):
     (["--val-size", "100"], r"--val-size \(100\) leaves no training images of class airplane, which has 10"),
     (["--val-size", "30", "--batch-size", "71"], r"--batch-size \(71\) must be at most 70"),
     (["--limit-train", "7", "--batch-size", "8"], r"--batch-size \(8\) must be at most 7"),
+    (["--limit-train", "101"], "has 100 images in data_batch_1.*fewer than the limit of 101"),
 ])
 def test_impossible_sizes_are_refused(folder, flags, message):
     with pytest.raises(UserError, match=message):
@@ -91,12 +72,6 @@ def test_impossible_sizes_are_refused(folder, flags, message):
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
-
-
-def make_split(count: int = 70) -> data.Split:
-    rng = np.random.default_rng(0)
-    return data.Split(torch.from_numpy(rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)),
-                      torch.from_numpy(rng.integers(0, 10, count)), list("abcdefghij"))
 
 
 def parse(*flags: str, batch_size: int = 16):
@@ -115,11 +90,14 @@ def assert_same_batches(found, expected):
 
 @pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"]])
 def test_both_loaders_yield_the_same_for_every_combination_of_flags(mixes):
+    """One of them calls torchvision for each image; the 70 images have every offset of a crop at both sides."""
+    split = make_split()
     for chosen in itertools.product(("--", "--no-"), repeat=3):
         args = parse(*mixes, *(flag.replace("--", prefix) for flag, prefix in zip(FLAGS, chosen, strict=True)))
-        expected = batches_of(data.DeviceLoader(make_split(), args, "cpu"))
+        expected = batches_of(data.DeviceLoader(split, args, "cpu"))
         assert [len(batch[1]) for batch in expected] == [16, 16, 16, 16, 6]
-        assert_same_batches(batches_of(data.WorkersLoader(make_split(), args, "cpu", workers=0)), expected)
+        assert all(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in expected)
+        assert_same_batches(batches_of(data.WorkersLoader(split, args, "cpu", workers=0)), expected)
 
 
 def test_batches_are_mixed_with_the_image_before():
@@ -132,11 +110,8 @@ def test_batches_are_mixed_with_the_image_before():
         assert torch.equal(inputs, augment.mix(torch.cat([own[-1:], own]), lam, box.tolist()))
 
 
-@pytest.mark.parametrize(("start_method", "workers"), [
-    pytest.param("fork", 1, marks=needs_fork), pytest.param("fork", 2, marks=needs_fork),
-    pytest.param("spawn", 2, marks=pytest.mark.slow)])  # each worker imports torch
-def test_worker_processes_yield_the_same_in_later_epochs_too(use_start_method, start_method, workers):
-    use_start_method(start_method)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_yield_the_same_in_later_epochs_too(workers):
     settings = (make_split(), parse(*ALL), "cpu")
     expected = data.DeviceLoader(*settings)
     with contextlib.closing(data.WorkersLoader(*settings, workers=workers)) as loader:
@@ -161,12 +136,6 @@ def test_ranks_share_each_batch_without_padding(count, ranks):
         assert all(len(batch[1]) <= -(-batch_size // ranks) for shard in shards for batch in shard)
 
 
-def test_an_epoch_can_start_at_any_step():
-    loader = data.DeviceLoader(make_split(), parse(*ALL), "cpu")
-    for step in (1, 3, 5):
-        assert_same_batches(batches_of(loader, 4, step), batches_of(loader, 4)[step:])
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(data, "count_cores", lambda: 8)
@@ -189,15 +158,31 @@ def fill_shared_memory() -> None:
     torch.TypedStorage._new_shared = fail
 
 
+def hang_and_stop() -> None:
+    """Let a worker hang at the last image of the epoch, and stop the run before that."""
+    getitem, last = data.ImageDataset.__getitem__, augment.random_params(30, 0, 0).index[-1]
+
+    def get_or_hang(dataset, params):
+        while params[0] == last:
+            time.sleep(60)
+        return getitem(dataset, params)
+    data.ImageDataset.__getitem__ = get_or_hang
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # patience with slow workers
+    runs.at_step(0, 1, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
 @needs_fork
-@pytest.mark.parametrize(("prepare", "line"), [
-    (kill_workers, r"DataLoader worker \(pid.*killed.*; .*--workers 0.*--resume"),
-    (fill_shared_memory, r"unable to allocate shared memory.*\(28\); .*--workers 0.*/dev/shm.*--shm-size")])
-def test_a_worker_that_fails_ends_the_run_with_one_line(start, prepare, line):
+@pytest.mark.parametrize(("prepare", "status", "line"), [
+    (kill_workers, 1, r"train.py: error: DataLoader worker \(pid.*killed.*; .*--workers 0.*--resume"),
+    (fill_shared_memory, 1,
+     r"train.py: error: unable to allocate shared memory.*\(28\); .*--workers 0.*/dev/shm.*--shm-size"),
+    (hang_and_stop, 143, "stopped in epoch 1 after step 1, all saved")])
+def test_a_worker_that_fails_ends_the_run_with_one_line(start, prepare, status, line):
+    """One that hangs ignores SIGTERM, like every worker, and so would hang the exit of the program."""
     child = start("--workers", "2", prepare=prepare)
-    assert child.wait() == 1
-    errors = [text for text in child.output().splitlines() if re.match("Traceback|.*[Ee]rror|  ", text)]
-    assert len(errors) == 1 and re.match(f"train.py: error: {line}", errors[0]), child.output()
+    assert child.wait() == status
+    found = [text for text in child.output().splitlines() if re.match("Traceback|.*[Ee]rror|  |stopped", text)]
+    assert len(found) == 1 and re.match(line, found[0]), child.output()
 
 
 def test_tensors_that_are_not_pinned_are_copied_at_once(monkeypatch):
@@ -206,29 +191,3 @@ def test_tensors_that_are_not_pinned_are_copied_at_once(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", lambda *args, **kwargs: modes.append(kwargs) or to(*args, **kwargs))
     next(data.WorkersLoader(make_split(), parse(), "cpu", workers=0).epoch(0))
     assert modes and not any(kwargs.get("non_blocking") for kwargs in modes)
-
-
-@needs_fork
-def test_a_stuck_worker_is_killed(monkeypatch, use_start_method):
-    """It ignores SIGTERM, like every worker, and so would also hang the exit of the program."""
-    getitem, last = data.ImageDataset.__getitem__, augment.random_params(70, 5, 0).index[-1]
-
-    def get_or_hang(self, params):
-        while params[0] == last:
-            time.sleep(60)
-        return getitem(self, params)
-    use_start_method("fork")
-    monkeypatch.setattr(data.ImageDataset, "__getitem__", get_or_hang)
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # patience with slow workers
-    loader = data.WorkersLoader(make_split(), parse(batch_size=35), "cpu", workers=2)
-    batches = loader.epoch(0)
-    next(batches)
-    workers = list(loader.loader._iterator._workers)
-    try:
-        loader.close()
-        for worker in workers:
-            worker.join(60)
-        assert not any(worker.is_alive() for worker in workers)
-    finally:
-        for worker in workers:
-            worker.kill()
