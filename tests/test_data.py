@@ -151,7 +151,7 @@ def kill_workers() -> None:
     runs.at_step(0, 1, lambda *_: [worker.kill() for worker in multiprocessing.active_children()])
 
 
-def fill_shared_memory() -> None:
+def fill_shm() -> None:
     """Let tensors in shared memory fail like in a Docker container with its default of 64 MB."""
     def fail(*_, **__):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)")
@@ -159,23 +159,24 @@ def fill_shared_memory() -> None:
 
 
 def hang_and_stop() -> None:
-    """Let a worker hang at the last image of the epoch, and stop the run before that."""
-    getitem, last = data.ImageDataset.__getitem__, augment.random_params(30, 0, 0).index[-1]
+    """Let a worker hang at the first image of the second batch, and stop the run as soon as it does."""
+    getitem, image = data.ImageDataset.__getitem__, augment.random_params(30, 0, 0).index[8]
+    hangs = multiprocessing.Event()
 
     def get_or_hang(dataset, params):
-        while params[0] == last:
+        while params[0] == image:
+            hangs.set()
             time.sleep(60)
         return getitem(dataset, params)
     data.ImageDataset.__getitem__ = get_or_hang
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # patience with slow workers
-    runs.at_step(0, 1, lambda *_: signal.raise_signal(signal.SIGTERM))
+    runs.at_step(0, 1, lambda *_: hangs.wait() and signal.raise_signal(signal.SIGTERM))
 
 
 @needs_fork
 @pytest.mark.parametrize(("prepare", "status", "line"), [
     (kill_workers, 1, r"train.py: error: DataLoader worker \(pid.*killed.*; .*--workers 0.*--resume"),
-    (fill_shared_memory, 1,
-     r"train.py: error: unable to allocate shared memory.*\(28\); .*--workers 0.*/dev/shm.*--shm-size"),
+    (fill_shm, 1, r"train.py: error: unable to allocate shared memory.*\(28\); .*--workers 0.*/dev/shm.*--shm-size"),
     (hang_and_stop, 143, "stopped in epoch 1 after step 1, all saved")])
 def test_a_worker_that_fails_ends_the_run_with_one_line(start, prepare, status, line):
     """One that hangs ignores SIGTERM, like every worker, and so would hang the exit of the program."""

@@ -40,12 +40,11 @@ def test_a_signal_while_the_program_starts(number, line, status, tmp_path):
 
 
 @needs_posix
-@pytest.mark.parametrize(("given", "expected"), [("", "passive"), ("active", "active")])
+@pytest.mark.parametrize(("given", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_nohup_and_the_waiting_of_threads_are_left_to_the_user(given, expected):
     code = "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import utils; utils.set_up_process(); "
     code += "signal.raise_signal(signal.SIGHUP); print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == f"{expected}\n"
 
