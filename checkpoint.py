@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import time
+import warnings
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -56,7 +57,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
                 raise ValueError(f"the checksum of {damaged} is wrong")
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
+        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if all(isinstance(value, Tensor) for value in checkpoint.values()):  # a plain state_dict
             checkpoint = {"model": checkpoint, "args": {}}
@@ -65,13 +67,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if missing := [name for name in ("model", "args") if name not in checkpoint]:
             raise ValueError(f"it lacks {' and '.join(missing)}; expected these, or a plain state_dict")
         for name in ("model", "ema"):
-            if checkpoint.get(name) is not None:
-                checkpoint[name] = {key.removeprefix("module.").removeprefix("_orig_mod."): value
+            if name == "model" or checkpoint.get(name) is not None:
+                checkpoint[name] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value
                                     for key, value in checkpoint[name].items()}
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files
         text = str(error).strip()
         if refused := re.search(r"GLOBAL (\S+)", text):
             text = f"it holds {refused[1]}; only tensors and plain values are loaded, such as vars(args)"
+        elif "Unsupported operand" in text:
+            text = "it has another pickle protocol than torch's default; save it again without pickle_protocol"
+        elif isinstance(error, zipfile.BadZipFile):
+            text += "; it is cut off, or in the format of torch before 1.6, and then must be saved again"
+        text = text.rpartition("WeightsUnpickler error: ")[2]
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}: "
                         f"{text.partition(chr(10))[0]:.150})") from error
     if (version := checkpoint.get("version", VERSION)) != VERSION:
@@ -87,6 +94,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
         if found != wanted:
             raise UserError(f"{path} has a different architecture: {name} is {found} there and {wanted} in the network "
                             "that its settings or your model flags describe")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path} holds weights that are not finite; its training has diverged")
     model.load_state_dict(weights)
 
 
@@ -298,6 +307,10 @@ def print_if_finished(folder: RunFolder, checkpoint: dict[str, Any], args: Names
     file = folder.path / "results.json"
     if checkpoint["epoch"] < args.epochs or not file.exists():
         return False
-    print_line(f"this run is finished: {file}\n{describe_results(json.loads(file.read_text()), folder.path)}\nto train "
-               f"longer, start a new run with --init-from {shlex.quote(str(folder.best))} --output-dir NEW")
+    try:
+        text = describe_results(json.loads(file.read_text()), folder.path)
+    except (ValueError, LookupError, TypeError):  # damaged, or of an older release: evaluate and write it again
+        return False
+    print_line(f"this run is finished: {file}\n{text}\nto train longer, start a new run with --init-from "
+               f"{shlex.quote(str(folder.best))} --output-dir NEW")
     return True

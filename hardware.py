@@ -140,7 +140,7 @@ def check_gradients(model: nn.Module, build_forward: Callable[..., Callable], de
         # cuDNN computes fp32 in TF32, which has the mantissa of fp16
         if error < TOLERANCES["fp16" if precision == "fp32" and device.type == "cuda" else precision]:
             return
-        problem = f"{name} is off by {error:.1%}"
+        problem = f"{name} is off by {error:.1%}" if error < torch.inf else f"{name} is not finite"
     except Exception as error:  # whatever a device or its driver may raise
         problem = f"{type(error).__name__}: {first_line(error)}"
     raise RunError(f"{describe(device)} with torch {torch.__version__} computes wrong gradients in {precision} "

@@ -68,19 +68,23 @@ class Parser(argparse.ArgumentParser):
         given = vars(self.parse_args(self.expand(sys.argv[1:] if argv is None else argv)))
         return Namespace(**{**self.defaults, **given}), given
 
-    def expand(self, argv: Sequence[str], folder: Path = Path()) -> list[str]:
+    def expand(self, argv: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
         """Replace each `@FILE`, relative to `folder` or to the program, by the flags in it, and each `~`."""
         found = []
         for word in argv:
             if not word.startswith("@"):
                 flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+                if not (value or flag and not equals):
+                    self.error(f"{flag or 'an argument'} is empty; is a shell variable not set?")
                 found.append(flag + equals + os.path.expanduser(value))
                 continue
             name, own = os.path.expanduser(word[1:]), Path(__file__).parent
             path = own / name if os.path.exists(own / name) and not os.path.exists(folder / name) else folder / name
             try:
+                if depth == 10:
+                    raise ValueError("it includes itself, or files are nested too deeply")
                 words = shlex.split(path.read_text(encoding="utf-8-sig"), comments=True)
-                found += self.expand(words, path.parent)
+                found += self.expand(words, path.parent, depth + 1)
             except (OSError, ValueError) as error:
                 self.error(f"{word} is not an argument file ({path}: {getattr(error, 'strerror', None) or error}); the "
                            "recipes are @recipes/paper.txt and the other files there")
@@ -90,7 +94,8 @@ class Parser(argparse.ArgumentParser):
         """Print one line instead of the usage, and exit with status 2."""
         if message.startswith("unrecognized"):
             message += f"; see {self.prog} --help"
-        first = os.environ.get("RANK", "0") == "0"  # torchrun starts every rank with the same mistake
+        # torchrun starts every rank with the same mistake
+        first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if first else None)
 
 

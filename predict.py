@@ -23,7 +23,7 @@ import plots
 from augment import SIZE
 from evaluate import TTA_HELP, load_checkpoint_model, predict_logits, progress
 from models import Normalized
-from utils import UserError, check_output, print_line, warn, write_text
+from utils import UserError, check_output, plural, print_line, warn, write_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -40,6 +40,7 @@ def read_image(path: str | Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large photos and of metadata
             with Image.open(path, formats=("PNG", "JPEG")) as image:
+                scale_color_key(image)
                 if image.mode.startswith("I"):  # 16-bit gray, which convert would clip at 255
                     gray = np.asarray(image)
                     gray = np.where(gray == image.info.get("transparency", -1), 65535, gray)
@@ -49,7 +50,17 @@ def read_image(path: str | Path) -> np.ndarray:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 return np.array(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{path} is not a readable PNG or JPEG image ({error})") from error
+        raise UserError(f"{path} is not a readable PNG or JPEG image ({getattr(error, 'strerror', None) or error})"
+                        ) from error
+
+
+def scale_color_key(image: Image.Image) -> None:
+    """Bring the color that a PNG declares transparent to 8 bits, as Pillow does with the pixels but not with it."""
+    key, format = image.info.get("transparency"), image.tile[0][3]
+    if isinstance(key, int) and format in ("L;2", "L;4"):
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[format]
+    elif isinstance(key, tuple) and format == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -137,9 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, _ = build_parser().parse(argv)
     device = hardware.select_device(args.device)
     hardware.set_up_backend(device)
-    for path in {args.output, args.picture} - {"-", None}:
-        check_output(path)
     files = find_images(args.images)
+    inputs = [args.checkpoint, *args.images, *files]
+    for path in (args.output, args.picture):
+        if path not in ("-", None):
+            check_output(path, inputs)
+            inputs.append(path)  # the picture must not replace the labels
     model, info = load_checkpoint_model(args.checkpoint, device)
     images, names = read_images(files) if files else read_pickles(args.images)
     logits = predict_logits(model, torch.from_numpy(images), device, hardware.select_precision(args.precision, device),
@@ -155,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output == "-":
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, and not if stdout is closed
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # like the file: names may be any bytes
-        print_line(text.getvalue().rstrip("\n"))
+        print_line(text.getvalue().rstrip("\n"), must_succeed=True)
     else:
         write_text(args.output, text.getvalue())
-        print_line(f"{len(names):,} labels in {args.output}", sys.stderr)  # stdout may be the output
+        print_line(f"{plural(len(names), 'label')} in {args.output}", sys.stderr)  # stdout may be the output
     if args.picture:
         captions = [Path(name).name if files else f"ID {name}" for name in names]
         plots.draw_images(images, captions, predictions, probabilities, "Predicted class and probability", args.picture)

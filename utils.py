@@ -1,6 +1,7 @@
 """Errors, messages, atomic writes and signals. Imports no torch, so that a program can use it from its first line."""
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -16,6 +17,7 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
     STOP_SIGNALS.append(signal.SIGHUP)
 EXIT_STATUS = dict.fromkeys(STOP_SIGNALS, 143) | {signal.SIGINT: 130}
+_exit_statuses: list[int] = []  # of signals that ask to exit: code that runs in an import may swallow the SystemExit
 
 
 class UserError(ValueError):
@@ -42,15 +44,20 @@ WAYS_OUT = {
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def print_line(text: str, stream: TextIO | None = None) -> None:
-    """Print to stdout (or `stream`) and flush; a closed pipe, as with `| head -1`, is not an error."""
+def print_line(text: str, stream: TextIO | None = None, must_succeed: bool = False) -> None:
+    """Print to stdout (or `stream`) and flush; a closed pipe, as with `| head -1`, is not an error.
+
+    Any other failure, such as a full disk, is an OSError with `must_succeed`, and else ignored.
+    """
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:  # a terminal that cannot show a file's name
-        print_line(text.encode("ascii", "backslashreplace").decode(), stream)
-    except OSError:
+        print_line(text.encode("ascii", "backslashreplace").decode(), stream, must_succeed)
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if must_succeed and error.errno not in (errno.EPIPE, errno.EINVAL):  # EINVAL: a closed pipe on Windows
+            raise OSError(error.errno, error.strerror, "stdout") from error
 
 
 def one_line(text: str) -> str:
@@ -72,7 +79,7 @@ def reason(error: Exception) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Write a count and its noun: `1 epoch`, `2 epochs`."""
-    return f"{count} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -89,7 +96,7 @@ def program(name: str) -> Callable:
         @functools.wraps(main)
         def run(*args: Any) -> int:
             try:
-                return main(*args)
+                return _exit_statuses[0] if _exit_statuses else main(*args)
             except KeyboardInterrupt:
                 print_line("interrupted", sys.stderr)
                 return 130
@@ -112,12 +119,20 @@ def set_up_process() -> None:
     def leave(number: int, _: object) -> NoReturn:
         if number == signal.SIGINT:
             print_line("interrupted", sys.stderr)
+        _exit_statuses.append(EXIT_STATUS[number])
         sys.exit(EXIT_STATUS[number])
 
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
     # Let torch's threads sleep while they wait: if they spin, they take the cores from each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: a file of the run would take its place
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    with contextlib.suppress(OSError, ValueError):
+        if os.get_terminal_size(2).columns == 0:  # a terminal of unknown size, where tqdm would print nothing
+            os.environ |= {"TQDM_NCOLS": "80", "TQDM_NROWS": "24"}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -127,9 +142,13 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
     """Write a file so that a reader, or a kill at any moment, finds the old or the new one complete.
 
     `write` writes the new content to the temporary path that it is given. `backup` takes the old file; between the two
-    renames only the backup exists.
+    renames only the backup exists. A link stays a link; a pipe or another special file is written directly.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        write(path)
+        return
+    path = path if backup else Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
@@ -145,9 +164,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
             temporary.unlink(missing_ok=True)
 
 
-def check_output(path: str | Path) -> None:
-    """Create the folder of an output file; refuse one that cannot be written, before anything is computed."""
+def check_output(path: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Before anything is computed, create the folder of an output file; refuse one that is in use, or not writable."""
     path = Path(path)
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        raise UserError(f"{path} is an input or another output; choose a different file")
     with contextlib.suppress(OSError):  # then it is not writable, either
         path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or not (path.parent.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)):
@@ -155,12 +176,9 @@ def check_output(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file atomically; a pipe or another special file is written directly."""
-    path, content = Path(path), text.encode(errors="surrogateescape")  # file names in it need not be UTF-8
-    if path.exists() and not path.is_file():
-        path.write_bytes(content)
-    else:  # keep a link a link
-        write_atomically(os.path.realpath(path), lambda temporary: temporary.write_bytes(content))
+    """Write a UTF-8 text file atomically."""
+    content = text.encode(errors="surrogateescape")  # file names in it need not be UTF-8
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

@@ -229,6 +229,10 @@ WRONG = {
     "tensor": (lambda path, _: torch.save(torch.zeros(3), path), "damaged or not a"),
     "a class": (edit(config=argparse.Namespace(lr=0.1)), "it holds argparse.Namespace; only tensors and plain values"),
     "no settings": (edit(args=None), "it lacks args"),
+    "other protocol": (lambda path, _: torch.save(torch.load(path), path, pickle_protocol=4),
+                       "without pickle_protocol"),
+    "old format": (lambda path, _: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
+                   "before 1.6"),
     "plain weights": (lambda path, _: torch.save(torch.load(path)["model"], path), "holds weights only"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "does not fit 4 steps an epoch; has the training set changed?"),
@@ -243,6 +247,28 @@ def test_a_checkpoint_that_cannot_be_resumed_costs_one_line(name, run, refused, 
     damage(stopped / "last.pt", tmp_path / "marker")
     error = refused(run, "--resume")
     assert str(stopped) in error and reason in error and "\x1b" not in error and not (tmp_path / "marker").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_initial_weights_that_are_not_finite_replace_no_run(run, refused, unbroken, tmp_path):
+    content = load_checkpoint(unbroken / "best.pt")
+    content["model"] = {f"_orig_mod.module.{name}": value / (name != "linear.bias")  # as DataParallel and compile save
+                        for name, value in content["model"].items()}
+    torch.save(content, tmp_path / "weights.pt")
+    shutil.copytree(unbroken, tmp_path / "run")
+    before = runs.read(tmp_path / "run")
+    error = refused(run, "--overwrite", "--init-from", str(tmp_path / "weights.pt"))
+    assert "weights.pt holds weights that are not finite" in error
+    assert runs.difference(runs.read(tmp_path / "run"), before) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_finished_run_with_a_damaged_results_json_writes_it_again(content, run, unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")
+    results = tmp_path / "run" / "results.json"
+    before = json.loads(results.read_text())
+    results.write_text(content)
+    assert run("--resume") == 0 and json.loads(results.read_text()) == before
 
 
 def test_flipped_and_cut_bytes_are_found_or_do_no_harm(unbroken, tmp_path):

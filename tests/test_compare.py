@@ -137,13 +137,16 @@ def test_picture_shows_training_beside_evaluation_with_one_color_and_label_per_g
     ("metrics.csv", ",".join(COLUMNS) + "\n1,x" + "," * 9 + "\n", "'x'"),
     ("results.json", '{"seconds": 1, "last_accuracy": "good"}', "good"),
 ])
-def test_unreadable_folder_is_one_line(tmp_path, refused, file, text, reason):
+def test_unreadable_folders_are_skipped(tmp_path, refused, capsys, file, text, reason):
     folder = make_run(tmp_path, "a", [50.0])
     (folder / file).unlink()
     if text is not None:
         (folder / file).write_text(text)
-    error = refused(compare.main, [str(make_run(tmp_path, "good", [50.0])), str(folder)])
+    error = refused(compare.main, [str(folder)])
     assert error.startswith(f"compare.py: error: {folder / file}: ") and reason in error
+    assert compare.main([str(folder), str(make_run(tmp_path, "good", [50.0]))]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == error.replace("compare.py: error:", "warning: skipped") and "| good " in printed.out
 
 
 def test_the_command_of_the_readme_as_typed(tmp_path):
@@ -152,9 +155,9 @@ def test_the_command_of_the_readme_as_typed(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/pretrained.pt").touch()
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for message in ("compare.py: error: {}: no run folder;", "warning: skipped what is no run folder: {}\n"):
+    for start in ("compare.py: error:", "warning: skipped"):
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert message.format("checkpoints/pretrained.pt") in done.stderr and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"{start} checkpoints/pretrained.pt/args.json: ") and done.stderr.count("\n") == 1
         if done.returncode == 2:
             make_run(tmp_path / "checkpoints", "run", [50.0, 60.0])
     assert done.returncode == 0 and "| run " in done.stdout and (tmp_path / "compare.png").exists()

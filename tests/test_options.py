@@ -102,6 +102,7 @@ def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypat
     (b"\x80\x04\xff\x00", ["can't decode"]),
     (b"--output-dir bob's", ["quotation"]),
     (b"--epochs 2\n@nowhere.txt", ["@nowhere.txt", "No such file"]),
+    (b"@flags.txt", ["includes itself"]),
 ])
 def test_bad_argument_files(content, words, tmp_path, refused):
     path = tmp_path / "flags.txt"
@@ -145,6 +146,11 @@ def test_mistakes(command, words, refused, tmp_path, monkeypatch):
     expected = [command.split()[0], *words.split()] if words[0] != "*" else words[1:].split()  # *: not the flag itself
     assert all(word in line for word in expected), line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [["--output-dir="], ["--data-dir", ""], ["--resume", ""]])
+def test_empty_arguments_are_refused(argv, refused):
+    assert "is empty; is a shell variable not set?" in refused(train.main, argv)
 
 
 def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(run_train, no_pictures, tmp_path, refused):

@@ -5,7 +5,10 @@ import io
 import os
 import pickle
 import re
+import struct
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +161,20 @@ def test_transparent_pixels_are_white_whatever_their_hidden_color(tmp_path, monk
     assert image.mode == mode and np.abs(found - expected[:, :, None]).max() <= 1 and not list(recwarn)
 
 
+@pytest.mark.parametrize("depth, color", [(1, 0), (2, 0), (4, 0), (8, 0), (8, 2), (16, 2)])
+def test_a_transparent_color_of_any_depth_becomes_white(tmp_path, depth, color):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    samples = np.repeat([max(1, 2**depth // 3), 0], 16 * (1 + color))  # left transparent, right black
+    bits = samples[:, None] >> np.arange(depth)[::-1] & 1
+    row = b"\0" + np.packbits(bits).tobytes()
+    path = tmp_path / "image.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, depth, color, 0, 0, 0))
+                     + chunk(b"tRNS", np.full(1 + color, samples[0], ">u2").tobytes())
+                     + chunk(b"IDAT", zlib.compress(row * 32)) + chunk(b"IEND", b""))
+    assert (predict.read_image(path) == np.repeat([255, 0], 16)[:, None]).all()
+
+
 def test_a_photo_taken_sideways_is_read_upright(test_set, tmp_path):
     upright = test_set.images[0].numpy().repeat(8, 0).repeat(8, 1)
     exif = Image.Exif()
@@ -191,7 +208,7 @@ def test_without_a_file_the_labels_alone_are_printed_whatever_the_names(run_pred
         assert run_predict(path, *flags) == 0
         patch.setattr(sys, "stdout", io.StringIO())
         assert run_predict(path, *flags) == 0 and sys.stdout.getvalue().startswith("path,class,probability\n")
-    assert re.fullmatch(r"1 labels in .*labels\.csv\n", capsys.readouterr().err)
+    assert re.fullmatch(r"1 label in .*labels\.csv\n", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd")
@@ -203,12 +220,26 @@ def test_pipes_are_written_to(run_predict, photo):
     os.close(writer)
 
 
-def test_an_output_that_cannot_be_written_is_refused_at_once(run_predict, refused, photo, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_at_once(run_predict, refused, trained, photo, tmp_path,
+                                                             monkeypatch):
     monkeypatch.setattr(predict, "predict_logits", None)
     for flag in ("--output", "--picture"):
         for output in (tmp_path, photo / "labels.csv"):
             assert str(output) in refused(run_predict, photo, flag, output)
+    for flags in (["--output", photo], ["--picture", tmp_path / "a" / ".." / photo.name], ["--output", trained],
+                  ["--output", tmp_path / "x", "--picture", tmp_path / "x"]):
+        assert f"{flags[-1]} is an input or another output" in refused(run_predict, photo, *flags)
     assert list(tmp_path.iterdir()) == [photo]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_labels_that_cannot_be_printed_are_an_error(trained, photo):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, predict.__file__, trained, photo], stdout=full, stderr=subprocess.PIPE,
+                              text=True)
+    assert (done.returncode, done.stderr) == (1, "predict.py: error: stdout: No space left on device\n")
+
+
 
 @pytest.mark.parametrize("name, content", {
     "text.png": b"this is a text file", "notes.txt": b"this is a text file", "empty.png": b"", "empty.pickle": b"",

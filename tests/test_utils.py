@@ -1,5 +1,6 @@
 """Messages, exit statuses, atomic writes, and signals before a run has started."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -85,7 +86,48 @@ def test_durations():
 
 
 @needs_posix
-def test_write_text_keeps_links(tmp_path):
+def test_write_text_keeps_links_and_special_files(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     utils.write_text(tmp_path / "link", "name-\udcff\n")  # a file name that is not UTF-8
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"name-\xff\n"
+    (tmp_path / "file").unlink()
+    os.mkfifo(tmp_path / "file")
+    reader = os.open(tmp_path / "file", os.O_RDONLY | os.O_NONBLOCK)
+    utils.write_text(tmp_path / "link", "text")
+    assert os.read(reader, 10) == b"text" and (tmp_path / "file").is_fifo()
+    os.close(reader)
+
+
+@needs_posix
+def test_a_swallowed_exit_ends_the_program_before_it_begins():
+    """Code that runs while a module is imported may swallow the SystemExit of a signal."""
+    code = ("import contextlib, signal, sys, utils; utils.set_up_process()\n"
+            "with contextlib.suppress(SystemExit): signal.raise_signal(signal.SIGINT)\n"
+            "sys.exit(utils.program('x')(lambda: print('ran'))())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@needs_posix
+def test_closed_streams_are_not_taken_by_a_file(tmp_path):
+    code = "import sys, utils; utils.set_up_process(); file = open(sys.argv[1], 'w'); utils.warn('no'); " \
+           "print(file.fileno())"
+    done = subprocess.run(f'"{sys.executable}" -c "{code}" {tmp_path}/file 2>&-', shell=True, cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE)
+    assert int(done.stdout) > 2 and (tmp_path / "file").read_bytes() == b""
+
+
+@needs_posix
+def test_a_terminal_of_unknown_size_shows_progress():
+    import pty
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = "import utils; utils.set_up_process(); from tqdm import tqdm; list(tqdm(range(3), disable=None))"
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(terminal, 1000):
+            shown += part
+    os.close(terminal)
+    assert os.waitpid(pid, 0)[1] == 0 and b"3/3" in shown

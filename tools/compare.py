@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
 from options import Parser
-from utils import UserError, check_output, print_line, program, warn, write_text
+from utils import UserError, check_output, print_line, program, set_up_process, warn, write_text
 
 PLACES = {"output_dir", "data_dir", "workers", "save_minutes", "log_interval", "max_params"}  # no effect on results
 HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may hold "auto"
@@ -156,13 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag("--picture", None, "draw the curves of all runs", type=Path, metavar="FILE.png")
     flag("--markdown", None, "write the table, and a link to the picture", type=Path, metavar="FILE")
     args, _ = parser.parse(argv)
-    paths = {path.resolve(): path for path in args.runs if (path / "args.json").exists()}
-    others = ", ".join(str(path) for path in args.runs if path.resolve() not in paths)
-    if not paths:
-        raise UserError(f"{others}: no run folder; expected one such as checkpoints/se-resnet")
-    if others:
-        warn(f"skipped what is no run folder: {others}")
-    groups = group_runs([read_run(path) for path in paths.values()])
+    runs, errors = [], []
+    for path in {path.resolve(): path for path in args.runs}.values():
+        try:
+            runs.append(read_run(path))
+        except UserError as error:
+            errors.append(str(error))
+    if not runs:
+        raise UserError("; ".join(errors))
+    for error in errors:
+        warn(f"skipped {error}")
+    groups = group_runs(runs)
     for path in filter(None, (args.picture, args.markdown)):
         check_output(path)
     parts = [format_table(build_table(groups)), *build_notes(groups)]
@@ -177,4 +181,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    set_up_process()
     sys.exit(main())

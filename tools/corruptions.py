@@ -12,12 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import UserError, check_output, print_line, program, set_up_process, write_text
+
+if __name__ == "__main__":
+    set_up_process()  # before torch is imported
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cifar10
 import data
@@ -25,7 +30,6 @@ import hardware
 from evaluate import load_checkpoint_model, predict_logits
 from options import Parser, add_data_flags, add_hardware_flags, at_least
 from tools.corruption_ops import CORRUPTIONS, corrupt
-from utils import UserError, check_output, print_line, program, write_text
 
 NAMES = ["frost", *(operation.__name__ for operation in CORRUPTIONS)]
 SEVERITIES = range(1, 6)

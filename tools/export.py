@@ -12,15 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import UserError, check_output, print_line, program, set_up_process, write_atomically
+
+if __name__ == "__main__":
+    set_up_process()  # before torch is imported
+
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_checkpoint, save_checkpoint
 from options import Parser
 from predict import load_model
-from utils import UserError, check_output, print_line, program, write_atomically
 
 PLACES = {"data_dir", "output_dir", "init_from"}  # folders of the machine that trained the network
 
@@ -60,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "weights in half precision")
     args, _ = parser.parse(argv)
     if args.output.suffix == ".pt":
-        if args.output.resolve() == Path(args.checkpoint).resolve():  # the run could no longer be resumed
-            raise UserError(f"--output {args.output} is the checkpoint itself; choose another file")
         content = to_share(load_checkpoint(args.checkpoint))
-        check_output(args.output)
+        check_output(args.output, [args.checkpoint])  # without its optimizer the run could no longer be resumed
         save_checkpoint(content, args.output)
         print_line(f"{args.output}: weights in half precision, {args.output.stat().st_size / 1e6:.1f} MB")
         return 0
