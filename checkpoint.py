@@ -109,8 +109,8 @@ class TrainState:
         # walking the modules for these takes longer than using them
         self.parameters, self.weights = list(model.parameters()), averaged_tensors(model)
         self.ema_weights = averaged_tensors(self.ema_model) if self.ema_model else []
-        self.optimizer = build_optimizer(args.optimizer, self.parameters, args.lr, args.momentum, args.nesterov,
-                                         args.weight_decay)
+        self.optimizer = build_optimizer(args.optimizer, model, args.lr, args.momentum, args.nesterov,
+                                         args.weight_decay, precision)
         self.scheduler = build_scheduler(self.optimizer, args.scheduler, steps_per_epoch, args.epochs,
                                          args.warmup_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")

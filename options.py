@@ -23,8 +23,9 @@ OPTIMIZERS = {
     "rmsprop": ("RMSprop", 1e-4),  # with momentum 0.9 a step is ten times as long
     "adagrad": ("Adagrad", 1e-2),
     "adadelta": ("Adadelta", 1.0),
+    "muon": ("Muon", 0.05),  # in optim.py
 }
-USES_MOMENTUM = ("sgd", "rmsprop")
+USES_MOMENTUM = ("sgd", "rmsprop", "muon")
 SCHEDULERS = ("cosine", "onecycle", "constant")
 # What `--resume` takes from the new command line: it changes at most the last bits of the result.
 FREE_ON_RESUME = {"data_dir", "device", "precision", "workers", "compile", "deterministic", "output_dir",
@@ -183,9 +184,9 @@ def add_optimization_flags(parser: Parser) -> None:
     flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS))
     flag("--lr", None, "highest learning rate (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=number)
-    flag("--momentum", 0.9, "momentum of sgd and rmsprop", type=number)
+    flag("--momentum", 0.9, f"momentum of {', '.join(USES_MOMENTUM)}", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")
-    flag("--weight-decay", 5e-4, "weight decay of all parameters", type=number)
+    flag("--weight-decay", 5e-4, "weight decay of all parameters; for muon, not of convolutions", type=number)
     flag("--scheduler", "cosine", "cosine, onecycle (also cycles the momentum) or constant", choices=SCHEDULERS)
     flag("--warmup-epochs", 0.0, "epochs of linear warm-up before the schedule", type=number)
     flag("--grad-clip", 0.1, "clip gradients to this absolute value; 0 is off", type=number)
@@ -215,7 +216,7 @@ def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
         refuse("--nesterov needs --optimizer sgd with a --momentum above 0")
     if "momentum" in given and args.optimizer not in USES_MOMENTUM:
-        refuse(f"--momentum is for {' and '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
+        refuse(f"--momentum is for {', '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
     if "momentum" in given and args.scheduler == "onecycle":
         refuse("--scheduler onecycle cycles the momentum between 0.85 and 0.95; leave out --momentum")
     if args.warmup_epochs and args.scheduler == "onecycle":

@@ -208,7 +208,7 @@ def test_half_precision_learns_what_float32_learns(run, tmp_path, precision):
 
 
 @pytest.mark.parametrize("clip", ["0", "0.1"])
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])  # one is fused and one is not
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])  # one is fused and one is not
 def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(run, monkeypatch, recwarn, optimizer, clip):
     train_step, scales = train.train_step, []
 

@@ -11,20 +11,22 @@ from torch.optim import lr_scheduler
 
 import train
 from evaluate import load_checkpoint_model
-from optim import build_optimizer, build_scheduler, schedule_lrs, update_ema
+from models import build_model
+from optim import build_optimizer, build_scheduler, orthogonalize, schedule_lrs, update_ema
 from options import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM
 
 small_data, run = runs.small_data, runs.run
 
 
-def build(name: str, parameters=None, lr: float = 0.1, device: str = "cpu") -> torch.optim.Optimizer:
-    return build_optimizer(name, parameters or [nn.Parameter(torch.zeros(1, device=device))], lr, 0.9, False, 5e-4)
+def build(name: str, parameter=None, lr: float = 0.1, device: str = "cpu") -> torch.optim.Optimizer:
+    parameter = nn.Parameter(torch.zeros(1, device=device)) if parameter is None else parameter
+    return build_optimizer(name, nn.ParameterList([parameter]), lr, 0.9, False, 5e-4)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_moves_at_its_default_lr_and_is_fused_where_torch_has_it(name):
     parameter = nn.Parameter(torch.ones(10))
-    optimizer = build(name, [parameter], OPTIMIZERS[name][1])
+    optimizer = build(name, parameter, OPTIMIZERS[name][1])
     for _ in range(200):
         parameter.grad = 2 * parameter.detach()  # of the sum of squares
         optimizer.step()
@@ -35,10 +37,52 @@ def test_every_optimizer_moves_at_its_default_lr_and_is_fused_where_torch_has_it
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_setting_reaches_its_optimizer(name):
-    group = build_optimizer(name, [nn.Parameter(torch.zeros(1))], 0.3, 0.7, name == "sgd", 0.2).param_groups[0]
-    assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
+    model = nn.ParameterList([nn.Parameter(torch.zeros(1))])
+    group = build_optimizer(name, model, 0.3, 0.7, name == "sgd", 0.2).param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.6 if name == "muon" else 0.3, 0.2)
     assert group.get("momentum") == (0.7 if name in USES_MOMENTUM else None)
     assert group.get("nesterov", False) == (name == "sgd")
+
+
+def test_muon_is_torch_s_for_the_convolutions_but_the_first_and_sgd_for_the_rest():
+    torch.manual_seed(0)
+    model = build_model((1, 2), 16, se="block", se_reduction=4).to(memory_format=torch.channels_last)
+    names = [name for name, p in model.named_parameters() if name.startswith("residual_layers") and p.ndim == 4
+             and "seblock" not in name]
+    assert len(names) == 7 and {p.shape[2:] for p in map(model.get_parameter, names)} == {(3, 3), (1, 1)}
+    rest = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters() if name not in names}
+    matrices = {name: nn.Parameter(model.get_parameter(name).detach().flatten(1).clone()) for name in names}
+    muon = torch.optim.Muon(matrices.values(), lr=0.05, weight_decay=0, momentum=0.9)
+    sgd = torch.optim.SGD(rest.values(), lr=0.1, weight_decay=0.01, momentum=0.9, nesterov=True)
+    optimizer = build_optimizer("muon", model, 0.05, 0.9, False, 0.01)
+    for _ in range(3):
+        for name, p in model.named_parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 1e-3 + p.detach()**2
+            other = rest.get(name, matrices.get(name))
+            other.grad = p.grad.reshape(other.shape).clone()
+        for matrix in matrices.values():
+            matrix.data *= len(matrix)**0.5 / matrix.data.norm()
+        before = {name: matrix.detach().clone() for name, matrix in matrices.items()}
+        for each in (optimizer, muon, sgd):
+            each.step()
+        for name, expected in rest.items():
+            torch.testing.assert_close(model.get_parameter(name), expected)
+        for name, matrix in matrices.items():  # torch computes in bfloat16
+            error = model.get_parameter(name).flatten(1) - matrix
+            assert error.norm() < 0.04 * (matrix - before[name]).norm(), name
+            matrix.data.copy_(model.get_parameter(name).flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 576), (2, 128, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_values_close_to_1(shape, dtype):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-4
+    u, values, vh = torch.linalg.svd(matrices, full_matrices=False)
+    found = u.mT @ orthogonalize(matrices, dtype) @ vh.mT  # diagonal, if the singular vectors are the same
+    large = values > 0.05 * values.norm(dim=1, keepdim=True) / values.shape[1]**0.5  # tiny ones need more iterations
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    assert ((diagonal > 0.6) & (diagonal < 1.3))[large].all() and large.float().mean() > 0.9
+    assert (found - torch.diag_embed(diagonal)).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.filterwarnings("error")

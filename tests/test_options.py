@@ -28,7 +28,7 @@ HELP = {
 model: --num-blocks 4 4 3; --channels 64; --kernel-sizes 3; --shortcut-kernel-sizes 1; --dropout 0; --block basic; \
 --se stem; --se-reduction 16; --max-params 5000000
 optimization: --epochs 200; --batch-size 128; --optimizer sgd; --lr 0.1 for sgd, 0.001 for adam, 0.001 for adamw, \
-0.0001 for rmsprop, 0.01 for adagrad, 1 for adadelta; --momentum 0.9; --nesterov/--no-nesterov off; \
+0.0001 for rmsprop, 0.01 for adagrad, 1 for adadelta, 0.05 for muon; --momentum 0.9; --nesterov/--no-nesterov off; \
 --weight-decay 0.0005; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; --ema 0; --seed 0
 augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
 --trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0

@@ -36,7 +36,7 @@ import utils
 
 CHOICES = {
     "place": ("first", "middle", "last", "between", "evaluation"),
-    "optimizer": ("sgd", "adam", "adamw", "rmsprop", "adagrad", "adadelta"),
+    "optimizer": ("sgd", "muon", "adam", "adamw", "rmsprop", "adagrad", "adadelta"),
     "scheduler": ("cosine", "warm-up", "onecycle", "constant"),
     "loaders": ("device>device", "device>workers", "workers>device", "workers>workers"),  # before and after the stop
     "precision": ("fp32", "bf16", "fp16"),
