@@ -165,13 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         columns = ("ID", *names), ("Labels", *labels)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(zip(*columns, strict=True))
+    csv.writer(text).writerows(zip(*columns, strict=True))
+    content = text.getvalue().replace("\r\n", "\n")  # with "\n" alone, csv would not quote a "\r" in a name
     if args.output == "-":
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, and not if stdout is closed
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # like the file: names may be any bytes
-        print_line(text.getvalue().rstrip("\n"), must_succeed=True)
+        print_line(content.rstrip("\n"), must_succeed=True)
     else:
-        write_text(args.output, text.getvalue())
+        write_text(args.output, content)
         print_line(f"{plural(len(names), 'label')} in {args.output}", sys.stderr)  # stdout may be the output
     if args.picture:
         captions = [Path(name).name if files else f"ID {name}" for name in names]
