@@ -77,7 +77,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         elif "Unsupported operand" in text:
             text = "it has another pickle protocol than torch's default; save it again without pickle_protocol"
         elif isinstance(error, zipfile.BadZipFile):
-            text += "; it is cut off, or in the format of torch before 1.6, and then must be saved again"
+            text = "it is truncated, or was written by torch before 1.6; then save it again with a newer torch"
         text = text.rpartition("WeightsUnpickler error: ")[2]
         raise UserError(f"{path} is damaged or not a checkpoint of this program ({type(error).__name__}: "
                         f"{text.partition(chr(10))[0]:.150})") from error
@@ -94,9 +94,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path)
         if found != wanted:
             raise UserError(f"{path} has a different architecture: {name} is {found} there and {wanted} in the network "
                             "that its settings or your model flags describe")
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"{path} holds weights that are not finite; its training has diverged")
     model.load_state_dict(weights)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UserError(f"{path} holds weights that are not finite")
 
 
 class TrainState:

@@ -261,7 +261,7 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
     """Stack a batch; it can be empty where there are more ranks than images left."""
     if not items:
         return torch.empty(0, 3, augment.SIZE, augment.SIZE), torch.empty(0, dtype=torch.int64)
-    return default_collate(items)  # in shared memory: sending would fail in a thread, and leave the run waiting
+    return default_collate(items)  # copies into shared memory here: an error in the sending thread would hang the run
 
 
 def ignore_signals(_: int) -> None:

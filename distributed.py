@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import STOP_SIGNALS, RunError, UserError
+from utils import RunError, UserError, stop_signals
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def _gpu_group() -> dist.ProcessGroup | None:
     """Make the group for GPU tensors, at their first collective: NCCL binds the device, which is selected by then."""
     if not dist.is_nccl_available():
         return None  # the default group, gloo
-    # a rank that is gone ends the others after this time: they wait on the GPU, where no closed connection shows
+    # if a rank dies, NCCL aborts the others after this time, because they see no closed connection
     return dist.new_group(backend="nccl", timeout=timedelta(minutes=10),
                           device_id=torch.device("cuda", torch.cuda.current_device()))
 
@@ -126,12 +126,12 @@ def start() -> World:
         return World()
     place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     # let signals end the process: Python's handlers do not run while torch waits for other ranks
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in stop_signals()}
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if not 0 <= rank < size:
             raise ValueError(f"RANK is {rank} and WORLD_SIZE is {size}")
-        with _collective(f"cannot meet the other ranks at {place}", "if it is in use, choose another MASTER_PORT"):
+        with _collective(f"cannot meet the other ranks at {place}", "check MASTER_ADDR, and that MASTER_PORT is free"):
             store, *_ = next(dist.rendezvous("env://"))
             # torchrun's store survives a restart, with the addresses of killed ranks: each restart needs its own prefix
             store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -115,7 +115,7 @@ def check_gradients(model: nn.Module, build_forward: Callable[..., Callable], de
     images = images.contiguous(memory_format=memory_format(device))
 
     def record(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if list(layer.parameters(recurse=False)):
+        if inputs and list(layer.parameters(recurse=False)):
             output.register_hook(lambda gradient: layers.append((layer, inputs[0].detach(), gradient)))
 
     def run(network: nn.Module, device: torch.device, precision: str) -> Tensor:
@@ -136,15 +136,18 @@ def check_gradients(model: nn.Module, build_forward: Callable[..., Callable], de
             for kind, a, b in zip(("output", "input", *dict(layer.named_parameters())), found, wanted, strict=True):
                 least = 0.1 * largest / b.numel()**0.5  # few values may all be close to zero
                 errors.append(((a - b).norm() / b.norm().clamp_min(least), f"{names[layer]}.{kind}"))
-        error, name = max((error.nan_to_num(torch.inf).item(), name) for error, name in errors)
+        error, name = max((error.nan_to_num(torch.inf, torch.inf).item(), name) for error, name in errors)
         # cuDNN computes fp32 in TF32, which has the mantissa of fp16
         if error < TOLERANCES["fp16" if precision == "fp32" and device.type == "cuda" else precision]:
             return
-        problem = f"{name} is off by {error:.1%}" if error < torch.inf else f"{name} is not finite"
+        verb, reason = "computes wrong", f"{name} is {f'off by {error:.1%}' if error < torch.inf else 'not finite'}"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a device or its driver may raise
-        problem = f"{type(error).__name__}: {first_line(error)}"
-    raise RunError(f"{describe(device)} with torch {torch.__version__} computes wrong gradients in {precision} "
-                   f"({problem}); use --device cpu, --precision fp32 or another version of torch")
+        verb, reason = "cannot compute", f"{type(error).__name__}: {first_line(error)}"
+    way_out = "use --precision fp32, --device cpu" if precision != "fp32" else "use --device cpu"
+    raise RunError(f"{describe(device)} with torch {torch.__version__} {verb} gradients in {precision} ({reason}); "
+                   f"{way_out} or another version of torch")
 
 
 def _compute(layer: nn.Module, inputs: Tensor, gradient: Tensor, device: torch.device, precision: str) -> list[Tensor]:
@@ -153,7 +156,7 @@ def _compute(layer: nn.Module, inputs: Tensor, gradient: Tensor, device: torch.d
     inputs = inputs.to(device, PRECISIONS[precision]).detach().requires_grad_()  # as the layer before returns them
     with autocast(device, precision):
         output = layer(inputs)
-    gradient = gradient / gradient.abs().max().clamp_min(1e-30)  # fp16 can represent it
+    gradient = gradient / (16 * gradient.abs().max().clamp_min(1e-30))  # fp16 can represent it, and its sums
     gradients = torch.autograd.grad(output, [inputs, *layer.parameters()], gradient.to(device, output.dtype))
     return [tensor.detach().cpu().double() for tensor in (output, *gradients)]
 

@@ -33,11 +33,12 @@ def build_optimizer(name: str, model: nn.Module, lr: float, momentum: float, nes
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the convolutions but the first, SGD with Nesterov momentum and twice the lr for all other parameters.
+    """Muon for all convolutions without bias but the first; SGD with Nesterov momentum and twice the lr for the rest.
 
     The step of a convolution is its momentum, as a matrix (out_channels, in_channels * k * k), with all singular values
-    brought close to 1 (Keller Jordan et al., Muon, 2024; arXiv 2502.16982). Batch norm makes the length of these
-    weights irrelevant, so instead of decaying it is kept at sqrt(out_channels), as in KellerJordan/cifar10-airbench.
+    brought close to 1 (Keller Jordan et al., Muon, 2024; arXiv 2502.16982). Batch norm after them makes the length of
+    these weights irrelevant (not in "preact" blocks), so it is kept at sqrt(out_channels) instead of decaying, as in
+    KellerJordan/cifar10-airbench.
 
     torch.optim.Muon takes matrices only and always computes in bfloat16, which made a step of it 26 times as long on a
     CPU without bfloat16 instructions.

@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         for word in argv:
             if not word.startswith("@"):
                 flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-                if not (value or flag and not equals):
+                if not value and (equals or not flag):
                     self.error(f"{flag or 'an argument'} is empty; is a shell variable not set?")
                 found.append(flag + equals + os.path.expanduser(value))
                 continue

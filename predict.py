@@ -6,11 +6,11 @@ if __name__ == "__main__":
     set_up_process()  # before torch is imported, which takes seconds
 
 import csv
-import io
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -56,11 +56,12 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def scale_color_key(image: Image.Image) -> None:
     """Bring the color that a PNG declares transparent to 8 bits, as Pillow does with the pixels but not with it."""
-    key, format = image.info.get("transparency"), image.tile[0][3]
-    if isinstance(key, int) and format in ("L;2", "L;4"):
-        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}[format]
-    elif isinstance(key, tuple) and format == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if (key := image.info.get("transparency")) is not None:
+        raw_mode = image.tile[0][3]
+        if raw_mode in ("L;2", "L;4"):
+            image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
+        elif raw_mode == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -164,9 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         columns = ("path", *names), ("class", *predictions), ("probability", *(f"{p:.4f}" for p in probabilities))
     else:
         columns = ("ID", *names), ("Labels", *labels)
-    text = io.StringIO()
-    csv.writer(text).writerows(zip(*columns, strict=True))
-    content = text.getvalue().replace("\r\n", "\n")  # with "\n" alone, csv would not quote a "\r" in a name
+    rows = []  # that end with "\r\n", since with "\n" csv would not quote a "\r" in a name
+    csv.writer(SimpleNamespace(write=rows.append)).writerows(zip(*columns, strict=True))
+    content = "".join(row.removesuffix("\r\n") + "\n" for row in rows)
     if args.output == "-":
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, and not if stdout is closed
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # like the file: names may be any bytes

@@ -33,7 +33,7 @@ import plots
 from checkpoint import COLUMNS, RunFolder, TrainState, describe_results, find_run, load_weights, print_if_finished
 from distributed import World, on_every_rank, on_main_rank
 from optim import schedule_lrs, update_ema
-from utils import RunError, Signals, duration, plural, print_line, reason, warn, write_text
+from utils import RunError, Signals, UserError, duration, plural, print_line, reason, warn, write_text
 
 
 @dataclass
@@ -124,6 +124,9 @@ def select_hardware(args: Namespace, world: World, checkpoint: dict[str, Any] | 
 @on_every_rank
 def build_model(args: Namespace, weights: dict[str, Tensor] | None) -> nn.Module:
     """Build the network, with the weights of `--init-from` or random ones."""
+    if args.optimizer == "muon" and args.block == "preact":
+        raise UserError("--optimizer muon fixes the length of weights, which --block preact needs; use another "
+                        "optimizer, or --block basic")
     torch.manual_seed(args.seed)
     model = options.build_model(args)
     if weights is not None:

@@ -132,7 +132,8 @@ def set_up_process() -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     with contextlib.suppress(OSError, ValueError):
         if os.get_terminal_size(2).columns == 0:  # a terminal of unknown size, where tqdm would print nothing
-            os.environ |= {"TQDM_NCOLS": "80", "TQDM_NROWS": "24"}
+            os.environ.setdefault("TQDM_NCOLS", "80")
+            os.environ.setdefault("TQDM_NROWS", "24")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Pat
     """Write a file so that a reader, or a kill at any moment, finds the old or the new one complete.
 
     `write` writes the new content to the temporary path that it is given. `backup` takes the old file; between the two
-    renames only the backup exists. A link stays a link; a pipe or another special file is written directly.
+    renames only the backup exists. Without it, a link stays a link. A pipe or another special file is written directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -184,6 +185,11 @@ def write_text(path: str | Path, text: str) -> None:
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
+def stop_signals() -> list[int]:
+    """Return the signals that this thread may handle; Python leaves them to the main one."""
+    return STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
+
+
 class Signals:
     """Record a signal that asks the run to stop, inside a `with` block; a second signal ends the process."""
 
@@ -193,9 +199,7 @@ class Signals:
         self._time = 0.0
 
     def __enter__(self) -> "Signals":
-        # Python lets only the main thread handle signals; a run in another one goes without
-        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else []
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

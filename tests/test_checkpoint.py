@@ -232,7 +232,7 @@ WRONG = {
     "other protocol": (lambda path, _: torch.save(torch.load(path), path, pickle_protocol=4),
                        "without pickle_protocol"),
     "old format": (lambda path, _: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
-                   "before 1.6"),
+                   "by torch before 1.6"),
     "plain weights": (lambda path, _: torch.save(torch.load(path)["model"], path), "holds weights only"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "does not fit 4 steps an epoch; has the training set changed?"),

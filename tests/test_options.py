@@ -133,6 +133,7 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --resume nowhere: nowhere not a run folder --init-from | --init-from nowhere.pt: * nowhere.pt not found expected
     --resume --overwrite: leave out --overwrite | --nesterov --optimizer adam: --nesterov needs --optimizer sgd
     --momentum 0.5 --optimizer adam: --optimizer adam has none
+    --optimizer muon --block preact --synthetic: * muon preact use another optimizer
     --momentum 0.9 --scheduler onecycle: --scheduler onecycle leave out --momentum
     --warmup-epochs 1 --scheduler onecycle: onecycle leave out --warmup-epochs
     --warmup-epochs 200: --warmup-epochs (200) --epochs (200) try --warmup-epochs 20

@@ -194,7 +194,7 @@ def test_images_are_resized_and_no_pixel_is_left_out(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such names")
 @pytest.mark.parametrize("flags", [[], ["--output", "-"]])
-@pytest.mark.parametrize("name", ["Bär 1.png", b"caf\xe9,\n\r.png".decode("utf-8", "surrogateescape")])
+@pytest.mark.parametrize("name", ["Bär 1.png", b"caf\xe9,\n\r\n.png".decode("utf-8", "surrogateescape")])
 def test_without_a_file_the_labels_alone_are_printed_whatever_the_names(run_predict, photo, tmp_path, monkeypatch,
                                                                         capsys, name, flags):
     path = photo.rename(tmp_path / name)

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise UserError(f"missing packages; run: python -m pip install {' '.join(missing)}")
     model, classes = load_model(args.checkpoint)
-    check_output(args.output)
+    check_output(args.output, [args.checkpoint])
     content = to_onnx(model, classes)
     write_atomically(args.output, lambda temporary: temporary.write_bytes(content))
     print_line(f"{args.output}: images (N, 3, 32, 32) float32 in [0, 1] -> logits of {', '.join(classes)}")
