@@ -39,6 +39,7 @@ def plain_scores(probabilities, targets):
     accuracy = 100 * sum(row.index(max(row)) == target for row, target in rows) / len(rows)
     return f"{accuracy:.2f}", f"{-np.mean([np.log(row[target]) for row, target in rows]):.4f}"
 
+
 def test_scores_of_each_class():
     predictions, targets = torch.tensor([0, 0, 0, 1, 2, 2, 5]), torch.tensor([0, 0, 1, 1, 1, 2, 4])
     logits = torch.nn.functional.one_hot(predictions, 10).float()
@@ -65,6 +66,7 @@ def test_calibration_against_a_loop(scale, tmp_path):
     assert evaluate.calibration_error(logits, targets) == pytest.approx(error, abs=1e-6)
     axes, = plots.draw_reliability(*found.numpy(), tmp_path / "reliability.png").axes
     assert axes.get_title(loc="left") == f"Expected calibration error {error:.2f}%"
+
 
 def test_the_program_prints_what_a_loop_finds(run_evaluate, expected, test_set, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "CPU_BATCH_SIZE", 3)

@@ -77,6 +77,7 @@ def test_pickled_images_of_both_forms(run_predict, expected, test_set, tmp_path,
     assert (tmp_path / "new/folder/labels.csv").read_bytes().decode() == "\n".join(lines) + "\n"
     assert len(set(labels)) > 2
 
+
 @pytest.mark.parametrize("case", ["default", "tta", "plain"])
 def test_a_folder_of_images(case, run_predict, trained, plain, test_set, folder, tmp_path, capsys):
     model, images = evaluate.load_checkpoint_model(trained)[0], test_set.images[:20]
@@ -192,6 +193,7 @@ def test_images_are_resized_and_no_pixel_is_left_out(tmp_path):
     Image.fromarray(board).save(tmp_path / "board.png")  # 12 megapixels
     assert np.abs(predict.read_image(tmp_path / "board.png").astype(int) - 127).max() < 30
 
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other file systems take no such names")
 @pytest.mark.parametrize("flags", [[], ["--output", "-"]])
 @pytest.mark.parametrize("name", ["Bär 1.png", b"caf\xe9,\n\r\n.png".decode("utf-8", "surrogateescape")])
@@ -264,6 +266,7 @@ def test_other_sources_that_are_refused(run_predict, refused, photo, test_set, t
         hidden.write_bytes(content)
         line = refused(run_predict, hidden)
         assert "hidden" in line and "image" not in line
+
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_load_model_takes_floats_from_0_to_1(normalize, trained, plain, test_set):
