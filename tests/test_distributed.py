@@ -208,7 +208,7 @@ def test_gpu_tensors_use_nccl_where_torch_has_it_on_the_selected_device(has_nccl
     ({"MASTER_ADDR": None}, 2, "RANK and WORLD_SIZE are set, but the ranks cannot meet .*MASTER_ADDR"),
     ({"RANK": "1", "WORLD_SIZE": "1"}, 2, "RANK and WORLD_SIZE are set.*RANK is 1 and WORLD_SIZE is 1"),
     ({"RANK": "first"}, 2, "RANK and WORLD_SIZE are set.*'first'"),
-    ({}, 1, "cannot meet the other ranks at 127.0.0.1:.*EADDRINUSE.*choose another MASTER_PORT")])
+    ({}, 1, "cannot meet the other ranks at 127.0.0.1:.*EADDRINUSE.*MASTER_PORT is free")])
 def test_ranks_that_cannot_meet_are_one_line(changes, status, line, monkeypatch, flags, tmp_path, refused):
     with socket.socket() as busy:
         busy.bind(("0.0.0.0", 0))
