@@ -22,7 +22,8 @@ import synthetic
 import trivial_augment
 from distributed import World
 from hardware import count_cores, memory_format
-from utils import STOP_SIGNALS, UserError
+from process import STOP_SIGNALS
+from utils import UserError
 
 BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger kernels to launch
 SPLIT_SEED = 20090408  # of --val-size alone: runs with different --seed hold out the same images

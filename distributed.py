@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import RunError, UserError, stop_signals
+from process import stop_signals
+from utils import RunError, UserError
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Evaluate a network: logits, loss, accuracy, precision, recall, calibration. As a program: evaluate a checkpoint."""
 
-from utils import program, set_up_process
+from process import program, set_up_process
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported, which takes seconds

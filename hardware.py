@@ -1,7 +1,6 @@
 """Device, precision, threads and torch.compile."""
 
 import contextlib
-import copy
 import ctypes
 import functools
 import importlib.metadata
@@ -17,15 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from utils import RunError, UserError, warn
+from utils import UserError, warn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU = torch.device("cpu")
-# The largest relative errors that `check_gradients` accepts. Rounding causes up to 2e-6 (TF32: 1.5e-3), 2.8e-3 and
-# 0.02, in networks of all kinds, untrained and trained, with up to 54 blocks.
-TOLERANCES = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.1}
 NVIDIA_FILES = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")  # Linux, WSL, a container
 
 
@@ -94,71 +89,6 @@ def restore_threads(threads: int | None) -> None:
     """Compute with as many CPU threads as an earlier process, since sums depend on them, if there are enough cores."""
     if threads and threads <= count_cores():
         torch.set_num_threads(threads)
-
-
-def check_gradients(model: nn.Module, build_forward: Callable[..., Callable], device: torch.device, precision: str
-                    ) -> None:
-    """Compare outputs and gradients on a device with those in fp32 on the CPU; RunError if they differ.
-
-    `build_forward(model, device, precision)` returns the run's function from images and targets to the summed loss.
-    Every layer gets the inputs and output gradients that it has on the CPU, because rounding errors grow with depth: in
-    bf16, the gradients of a deep network have little in common with those in fp32. The whole network is compared by its
-    loss and the length of its gradient, which rounding changes by 15% at most.
-    """
-    network, layers = copy.deepcopy(model).to(CPU).train(), []
-    names = {layer: name for name, layer in network.named_modules()}
-    for dropout in (layer for layer in names if isinstance(layer, nn.Dropout)):
-        dropout.eval()
-    generator = torch.Generator().manual_seed(0)  # leaves the run's random numbers alone
-    # with means that differ: otherwise all images are the same to squeeze-and-excitation, and gradients cancel out
-    images = torch.randn(4, 3, 32, 32, generator=generator) + torch.randn(4, 3, 1, 1, generator=generator)
-    images = images.contiguous(memory_format=memory_format(device))
-
-    def record(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if inputs and list(layer.parameters(recurse=False)):
-            output.register_hook(lambda gradient: layers.append((layer, inputs[0].detach(), gradient)))
-
-    def run(network: nn.Module, device: torch.device, precision: str) -> Tensor:
-        loss = build_forward(network, device, precision)(images.to(device), torch.arange(4, device=device))[0]
-        gradients = torch.autograd.grad(loss, list(network.parameters()))
-        return torch.stack([loss.detach(), torch.cat([gradient.flatten() for gradient in gradients]).norm()]).cpu()
-
-    with nn.modules.module.register_module_forward_hook(record):
-        expected = run(network, CPU, "fp32")
-    if not expected.isfinite().all():
-        return  # the weights are to blame, and the first save finds that
-    try:
-        off = (run(copy.deepcopy(network).to(device), device, precision) / expected - 1).abs().max()
-        errors = [(off * (not off < 0.5), "the loss or the whole gradient")]
-        for layer, *recorded in layers:
-            found, wanted = _compute(layer, *recorded, device, precision), _compute(layer, *recorded, CPU, "fp32")
-            largest = max(tensor.norm() for tensor in wanted) + 1e-30
-            for kind, a, b in zip(("output", "input", *dict(layer.named_parameters())), found, wanted, strict=True):
-                least = 0.1 * largest / b.numel()**0.5  # few values may all be close to zero
-                errors.append(((a - b).norm() / b.norm().clamp_min(least), f"{names[layer]}.{kind}"))
-        error, name = max((error.nan_to_num(torch.inf, torch.inf).item(), name) for error, name in errors)
-        # cuDNN computes fp32 in TF32, which has the mantissa of fp16
-        if error < TOLERANCES["fp16" if precision == "fp32" and device.type == "cuda" else precision]:
-            return
-        verb, reason = "computes wrong", f"{name} is {f'off by {error:.1%}' if error < torch.inf else 'not finite'}"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a device or its driver may raise
-        verb, reason = "cannot compute", f"{type(error).__name__}: {first_line(error)}"
-    way_out = "use --precision fp32, --device cpu" if precision != "fp32" else "use --device cpu"
-    raise RunError(f"{describe(device)} with torch {torch.__version__} {verb} gradients in {precision} ({reason}); "
-                   f"{way_out} or another version of torch")
-
-
-def _compute(layer: nn.Module, inputs: Tensor, gradient: Tensor, device: torch.device, precision: str) -> list[Tensor]:
-    """Return a layer's output, and the gradients of its input and parameters for a gradient of the output."""
-    layer = copy.deepcopy(layer).to(device)
-    inputs = inputs.to(device, PRECISIONS[precision]).detach().requires_grad_()  # as the layer before returns them
-    with autocast(device, precision):
-        output = layer(inputs)
-    gradient = gradient / (16 * gradient.abs().max().clamp_min(1e-30))  # fp16 can represent it, and its sums
-    gradients = torch.autograd.grad(output, [inputs, *layer.parameters()], gradient.to(device, output.dtype))
-    return [tensor.detach().cpu().double() for tensor in (output, *gradients)]
 
 
 def first_line(error: Exception) -> str:

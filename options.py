@@ -230,6 +230,9 @@ def build_model(args: Namespace):
     """Build the network of the model flags."""
     import models  # and torch
 
+    if args.optimizer == "muon" and args.block == "preact":  # here, since --init-from may bring the block
+        raise UserError("--optimizer muon fixes the length of weights, which --block preact needs; use another "
+                        "optimizer, or --block basic")
     try:
         return models.build_model(**model_args(vars(args)), max_params=args.max_params)
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's integers

@@ -1,6 +1,6 @@
 """Label images: a pickled test set without labels, or image files. From Python: `load_model`."""
 
-from utils import program, set_up_process
+from process import program, set_up_process
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported, which takes seconds

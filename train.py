@@ -1,7 +1,7 @@
 """Train the SE-ResNet on CIFAR-10 (`train.py --help`): main, train, train_one_epoch, train_step, then helpers."""
 
 import options
-from utils import program, set_up_process
+from process import program, set_up_process
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     set_up_process()
@@ -32,8 +32,10 @@ import models
 import plots
 from checkpoint import COLUMNS, RunFolder, TrainState, describe_results, find_run, load_weights, print_if_finished
 from distributed import World, on_every_rank, on_main_rank
+from gradient_check import check_gradients
 from optim import schedule_lrs, update_ema
-from utils import RunError, Signals, UserError, duration, plural, print_line, reason, warn, write_text
+from process import Signals
+from utils import RunError, duration, plural, print_line, reason, warn, write_text
 
 
 @dataclass
@@ -93,7 +95,8 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         torch.manual_seed(args.seed + world.rank)  # dropout differs between ranks
         if checkpoint is not None:
             resume(run, state, checkpoint)
-        check_gradients(run, state)
+        if (device.type, precision) != ("cpu", "fp32"):  # with which they are compared
+            check_gradients(model, functools.partial(build_forward, args), device, precision)
         if checkpoint is None:
             folder.create(args)
             save(run, state)
@@ -124,21 +127,11 @@ def select_hardware(args: Namespace, world: World, checkpoint: dict[str, Any] | 
 @on_every_rank
 def build_model(args: Namespace, weights: dict[str, Tensor] | None) -> nn.Module:
     """Build the network, with the weights of `--init-from` or random ones."""
-    if args.optimizer == "muon" and args.block == "preact":
-        raise UserError("--optimizer muon fixes the length of weights, which --block preact needs; use another "
-                        "optimizer, or --block basic")
     torch.manual_seed(args.seed)
     model = options.build_model(args)
     if weights is not None:
         load_weights(model, weights, args.init_from)
     return model
-
-
-@on_every_rank
-def check_gradients(run: Run, state: TrainState) -> None:
-    """End the run if its device computes other gradients than the CPU in fp32."""
-    if (run.device.type, run.precision) != ("cpu", "fp32"):
-        hardware.check_gradients(state.model, functools.partial(build_forward, run.args), run.device, run.precision)
 
 
 def train_one_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:

@@ -29,7 +29,8 @@ import options
 import train
 from checkpoint import RunFolder, TrainState
 from distributed import World
-from utils import RunError, Signals, UserError, set_up_process
+from process import Signals, set_up_process
+from utils import RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
@@ -335,10 +336,10 @@ def test_resume_with_another_number_of_ranks(flags, tmp_path):
 # A first life in which a rank is killed, a second in which the launcher is told to stop, as by a job queue.
 KILLED_AND_STOPPED = """
 import os, signal, sys, time
-import evaluate, train, utils
+import evaluate, process, train
 
 life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-train_step, note, noted = train.train_step, utils.Signals._note, []
+train_step, note, noted = train.train_step, process.Signals._note, []
 
 def note_and_remember(*args):
     note(*args)
@@ -354,7 +355,7 @@ def train_step_and_end(run, state, *batch):
         while not noted:  # until the launcher has passed it on
             time.sleep(0.01)
 
-train.train_step, utils.Signals._note = train_step_and_end, note_and_remember
+train.train_step, process.Signals._note = train_step_and_end, note_and_remember
 train.draw_curves = evaluate.draw_pictures = lambda *_: None
 sys.exit(train.main([*sys.argv[1:], "--save-minutes", "0" if life == 0 else "60"]))
 """

@@ -1,28 +1,21 @@
 """Device, precision and torch.compile: what is selected, what happens where it is missing, and that it trains."""
 
 import contextlib
-import copy
-import functools
-import itertools
-import math
 import platform
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import runs
 import torch
-from torch import nn
 
 import augment
 import data
-import evaluate
+import gradient_check
 import hardware
 import models
-import options
 import train
-from utils import RunError, UserError
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
@@ -81,7 +74,7 @@ def test_mps_gets_what_torch_computes_right_there():
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_network_and_images_have_the_memory_format_of_the_device(run, monkeypatch, workers):
-    for module in (hardware, augment, data):
+    for module in (hardware, augment, data, gradient_check):
         monkeypatch.setattr(module, "memory_format", lambda _: torch.contiguous_format)
     forward, seen = models.SEResNet.forward, set()
 
@@ -230,92 +223,6 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(run, monkeypatc
     assert scales == [2.0**39, 1024, 1024, 1024]
 
 
-# --- the check of the arithmetic -------------------------------------------------------------------------------------
-
-
-def lie(monkeypatch, factor: float | None) -> None:
-    """Let batch norm in bf16 return a weight's gradient times a factor; or fail, with None."""
-    batch_norm = nn.functional.batch_norm
-
-    def lying(inputs, mean, var, weight, *args):
-        if inputs.dtype == torch.bfloat16:
-            if factor is None:
-                raise RuntimeError("CUDA error: misaligned address\nmore about it")
-            weight = factor * weight - (factor * weight - weight).detach()
-        return batch_norm(inputs, mean, var, weight, *args)
-    monkeypatch.setattr(nn.functional, "batch_norm", lying)
-
-
-@pytest.mark.parametrize("resumes", [False, True])
-@pytest.mark.parametrize(("factor", "problem"), [
-    (1e7, r"\S*(bn\d|shortcut\.1)\.weight is off by \d{6,}\.\d%"),
-    (1.2, r"\S*(bn\d|shortcut\.1)\.weight is off by \d\d\.\d%"),
-    (0, r"\S*\.weight is off by \d\d+\.\d%"), (math.nan, "the loss or the whole gradient is not finite"),
-    (None, "RuntimeError: CUDA error: misaligned address")])
-def test_wrong_gradients_end_the_run_before_anything_is_written(monkeypatch, run, tmp_path, capsys, resumes, factor,
-                                                                problem):
-    flags = ["--precision", "bf16"]
-    if resumes:
-        runs.stop(run, "first", *flags)
-        flags = ["--resume"]
-    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
-    lie(monkeypatch, factor)
-    capsys.readouterr()
-    assert run(*flags) == 1
-    error = capsys.readouterr().err
-    verb = "cannot compute" if factor is None else "computes wrong"
-    assert re.fullmatch(rf"train\.py: error: .* with torch \S+ {verb} gradients in bf16 \({problem}\); use "
-                        r"--precision fp32, --device cpu or another version of torch\n", error), error
-    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
-
-
-def check(model: nn.Module, precision: str, *flags: str) -> None:
-    args, _ = options.parse_args(flags)
-    hardware.check_gradients(model, functools.partial(train.build_forward, args), CPU, precision)
-
-
-@pytest.mark.parametrize("block", ["basic", "preact"])
-def test_right_gradients_pass_for_every_network_and_change_nothing(block):
-    networks = itertools.product(("stem", "block", "none"), ("1", "3", "5"))
-    for (se, size), precision in zip(networks, itertools.cycle(("bf16", "fp16")), strict=False):
-        args, _ = options.parse_args([*runs.NETWORK, "--block", block, "--se", se, "--kernel-sizes", size,
-                                      "--shortcut-kernel-sizes", size, "--dropout", "0.5"])
-        model = options.build_model(args)
-        weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-        check(model, precision, "--label-smoothing", "0.1")
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-        assert all(parameter.grad is None for parameter in model.parameters())
-        assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_gradients_of_a_deep_and_of_a_trained_network_pass(trained):
-    torch.manual_seed(0)
-    for model in (models.SEResNet([9, 9, 9], 8, se_reduction=2), evaluate.load_checkpoint_model(trained)[0]):
-        check(model, "bf16")
-        next(model.parameters()).data.fill_(math.nan)  # is not the device's fault
-        check(model, "bf16")
-
-
-@pytest.mark.parametrize("place", ["output", "input", "weight"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("fp16", 0.02), ("bf16", 0.1)])
-def test_errors_above_the_tolerance_are_found(monkeypatch, precision, tolerance, place):
-    def compute(*args):
-        found, error = right(*args), errors[0]
-        calls.append(args)
-        if len(calls) % 2:  # the second call is the one to compare with
-            found[("output", "input", "weight").index(place)] *= 1 + error
-        return found
-    right, calls = hardware._compute, []
-    monkeypatch.setattr(hardware, "_compute", compute)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10, bias=False))
-    errors = [0.0]
-    for errors[0] in (0.8 * tolerance, -0.8 * tolerance):
-        check(model, precision)
-    for errors[0] in (1.3 * tolerance, -1.3 * tolerance):
-        with pytest.raises(RunError, match=rf"gradients in {precision} \(1\.{place} is off by"):
-            check(model, precision)
-
-
 # --- compile, with a stand-in for the compiler -----------------------------------------------------------------------
 
 
@@ -330,7 +237,7 @@ def test_compile_is_the_default_on_cuda_with_triton_only(monkeypatch):
 
 @pytest.mark.parametrize(("hip", "skipped", "fails"), [
     (None, 0, False), (None, 1, False), ("7.0", 0, False), (None, 0, True)])
-def test_cuda_graphs_are_for_nvidia_gpus_and_their_loss_is_told(monkeypatch, capsys, hip, skipped, fails):
+def test_cuda_graphs_are_for_nvidia_gpus_and_their_loss_is_reported(monkeypatch, capsys, hip, skipped, fails):
     def probe(compiled):
         if fails:
             raise RuntimeError("broken\nmore")

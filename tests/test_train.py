@@ -31,8 +31,8 @@ import evaluate
 import hardware
 import models
 import options
+import process
 import train
-import utils
 
 CHOICES = {
     "place": ("first", "middle", "last", "between", "evaluation"),
@@ -335,7 +335,7 @@ def test_on_a_terminal_a_bar_gives_way_to_the_line_of_the_epoch(run, monkeypatch
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", utils.STOP_SIGNALS)  # without SIGHUP under nohup
+@pytest.mark.parametrize("number", process.STOP_SIGNALS)  # without SIGHUP under nohup
 def test_a_signal_stops_the_run_and_the_printed_command_resumes_it(number, run, tmp_path, monkeypatch, capfd, unbroken):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [os.path.relpath(train.__file__)])
@@ -365,7 +365,7 @@ def test_loader_workers_leave_signals_to_the_main_process(method, paused, tmp_pa
     """A terminal, `timeout` and job queues signal every process of a job; a dead worker would end the run unsaved."""
     child = paused("--workers", "2", START_METHOD=method)
     workers = (tmp_path / "marker").read_text().split()
-    for worker, number in product(workers, utils.STOP_SIGNALS):
+    for worker, number in product(workers, process.STOP_SIGNALS):
         os.kill(int(worker), number)
     (tmp_path / "marker").unlink()
     assert workers and child.wait() == 0, child.output()  # its second epoch needs the workers

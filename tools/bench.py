@@ -21,7 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import RunError, Signals, UserError, print_line, program, set_up_process, write_text
+from process import Signals, program, set_up_process
+from utils import RunError, UserError, print_line, write_text
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
 from options import Parser
-from utils import UserError, check_output, print_line, program, set_up_process, warn, write_text
+from process import program, set_up_process
+from utils import UserError, check_output, print_line, warn, write_text
 
 PLACES = {"output_dir", "data_dir", "workers", "save_minutes", "log_interval", "max_params"}  # no effect on results
 HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may hold "auto"

@@ -14,7 +14,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, check_output, print_line, program, set_up_process, write_atomically
+from process import program, set_up_process
+from utils import UserError, check_output, print_line, write_atomically
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported

@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import print_line, program, set_up_process
+from process import program, set_up_process
+from utils import print_line
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported
