@@ -1,9 +1,7 @@
 """Several ranks: the same sums as one process, to 1e-8 in float64; one end for all; whole runs under torchrun."""
 
-import copy
 import csv
 import datetime
-import math
 import os
 import re
 import signal
@@ -14,20 +12,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
-from runs import SMALL, Child, assert_same_run, at_step, break_loss, free_port, make_split, read, wait_for, write_data
+from runs import SMALL, Child, at_step, free_port, make_split, read, wait_for, write_data
 from torch import distributed as dist
 from torch import nn
-from torch.nn import functional as F
 
-import augment
+import cifar10
 import data
 import distributed
 import download
 import evaluate
 import options
 import train
-from checkpoint import RunFolder, TrainState
+from checkpoint import COLUMNS, RunFolder, TrainState
 from distributed import World
 from process import Signals, set_up_process
 from utils import RunError, UserError
@@ -43,12 +41,11 @@ CASES = {
     "smaller last batch": (31, ["--momentum", "0.9", "--grad-clip", "0.05"]),
     "last batch of one": (29, ["--momentum", "0.9", "--grad-clip", "0", "--label-smoothing", "0.1"]),
 }
-EPOCHS, STEPS, LR, DECAY, CPU = 4, 5, 0.1, 5e-4, torch.device("cpu")
-FLAGS = [*SMALL, "--batch-size", "7", "--lr", str(LR), "--epochs", str(EPOCHS), "--weight-decay", str(DECAY)]
+EPOCHS, STEPS, CPU = 4, 5, torch.device("cpu")
 
 
 class InDouble(nn.Module):
-    """The network in float64, given the loader's float32."""
+    """The network in float64, given the loader's float32; without statistics of a batch, which ranks do not share."""
 
     def __init__(self, args):
         super().__init__()
@@ -56,16 +53,14 @@ class InDouble(nn.Module):
         self.network = options.build_model(args).double().to(memory_format=torch.channels_last)  # as on most devices
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.network(inputs.double())
+        return self.network.eval()(inputs.double())
 
 
-def train_in_double(rank: int, folder: Path, port: str) -> None:
-    """Train every case as one of two ranks, and write the results; what `Child` does before its own run."""
-    os.environ["MASTER_PORT"], own_port = port, os.environ["MASTER_PORT"]
-    world = distributed.start()
-    evaluate.CPU_BATCH_SIZE, found = 4, {"world": tuple(world)}  # so that both have images to evaluate
+def train_in_double(world: World, folder: Path) -> dict[str, dict]:
+    """Train every case, and return the weights and the history of each."""
+    found = {}
     for name, (count, flags) in CASES.items():
-        args, _ = options.parse_args([*FLAGS, *flags])
+        args, _ = options.parse_args([*SMALL, "--batch-size", "7", "--epochs", str(EPOCHS), "--lr", "0.1", *flags])
         model, loader = InDouble(args), data.DeviceLoader(make_split(count), args, CPU, world)
         state = TrainState(args, model, len(loader), "fp32")
         run = train.Run(args, world, CPU, "fp32", RunFolder(folder), loader, make_split(22), make_split(22),
@@ -74,7 +69,15 @@ def train_in_double(rank: int, folder: Path, port: str) -> None:
             train.train_one_epoch(run, state, Signals())
             train.finish_epoch(run, state)
         found[name] = {"weights": model.state_dict(), "history": state.history}
-    torch.save(found, folder / f"{rank}.pt")
+    return found
+
+
+def train_in_double_first(rank: int, folder: Path, port: str) -> None:
+    """Train the cases as one of two ranks, and write the results; what `Child` does before its own run."""
+    os.environ["MASTER_PORT"], own_port = port, os.environ["MASTER_PORT"]
+    world = distributed.start()
+    evaluate.CPU_BATCH_SIZE = 4  # so that both have images to evaluate
+    torch.save({"world": tuple(world), **train_in_double(world, folder)}, folder / f"{rank}.pt")
     distributed.stop()
     os.environ["MASTER_PORT"] = own_port
     if rank:  # in the run that follows
@@ -83,46 +86,6 @@ def train_in_double(rank: int, folder: Path, port: str) -> None:
 
 def refuse(*_) -> None:
     raise UserError("only rank 0 may do this")
-
-
-def train_halves_apart(case: str) -> tuple[nn.Module, list[dict[str, float]]]:
-    """Do in one process what two ranks should do: each half of a batch by itself, then one step."""
-    count, flags = CASES[case]
-    args, _ = options.parse_args([*FLAGS, *flags])
-    model, test = InDouble(args).train(), make_split(22)
-    velocities, history, step = [torch.zeros_like(p) for p in model.parameters()], [], 0
-    for epoch in range(EPOCHS):
-        loss_sum = correct = 0
-        for inputs, targets in data.DeviceLoader(make_split(count), args, CPU).epoch(epoch):
-            middle = (len(targets) + 1) // 2
-            gradients = [torch.zeros_like(p) for p in model.parameters()]
-            # the running statistics of batch norm are those of rank 0
-            for half, network in ((slice(middle), model), (slice(middle, None), copy.deepcopy(model))):
-                if not len(targets[half]):
-                    continue
-                logits = network(inputs[half])
-                loss = F.cross_entropy(logits, targets[half], reduction="sum", label_smoothing=args.label_smoothing)
-                loss_sum += loss.item()
-                correct += int((logits.argmax(1) == targets[half]).sum())
-                for total, part in zip(gradients, torch.autograd.grad(loss, network.parameters()), strict=True):
-                    total += part / len(targets)
-            lr = LR * (1 + math.cos(math.pi * step / (EPOCHS * STEPS))) / 2
-            with torch.no_grad():
-                for p, gradient, velocity in zip(model.parameters(), gradients, velocities, strict=True):
-                    if args.grad_clip:
-                        gradient.clamp_(-args.grad_clip, args.grad_clip)
-                    velocity.mul_(0.9).add_(gradient + DECAY * p)
-                    p.sub_(lr * velocity)
-            step += 1
-        model.eval()
-        with torch.no_grad():  # one image at a time
-            logits = torch.cat([model(augment.to_input(image[None])) for image in test.images])
-        model.train()
-        history.append({"train_loss": loss_sum / count, "train_accuracy": 100 * correct / count,
-                        "test_loss": F.cross_entropy(logits, test.targets).item(),
-                        "test_accuracy": 100 * int((logits.argmax(1) == test.targets).sum()) / 22})
-    assert step == EPOCHS * STEPS == 20
-    return model, history
 
 
 # --- ranks without a launcher ----------------------------------------------------------------------------------------
@@ -149,23 +112,23 @@ def flags(tmp_path_factory):
 def two(flags, tmp_path_factory):
     """Two ranks that trained the cases in float64, and then a whole run."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, *run_ranks([*flags, "--output-dir", folder / "unbroken"], folder, train_in_double,
+    return folder, *run_ranks([*flags, "--output-dir", folder / "unbroken"], folder, train_in_double_first,
                               (folder, free_port()))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_equal_one_process_that_runs_both_halves(two, case):
-    model, history = train_halves_apart(case)
-    for rank in range(2):
-        found = torch.load(two[0] / f"{rank}.pt")[case]
-        for name, expected in model.state_dict().items():
-            torch.testing.assert_close(found["weights"][name], expected, rtol=0, atol=1e-8)
-        for row, expected in zip(found["history"], history, strict=True):
-            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)  # logits are float32
-            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-9)
+def test_two_ranks_equal_one(two, tmp_path):
+    for case, expected in train_in_double(World(), tmp_path).items():
+        for rank in range(2):
+            found = torch.load(two[0] / f"{rank}.pt")[case]
+            for name, value in expected["weights"].items():
+                torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=1e-8)
+            for row, wanted in zip(found["history"], expected["history"], strict=True):
+                wanted = {name: wanted[name] for name in COLUMNS[:-2] if wanted[name] is not None}  # no times
+                assert {name: row[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)  # logits are float32
+                assert row["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-9)
 
 
-def test_rank_0_prints_and_writes_and_metrics_are_of_all_images(two):
+def test_rank_0_prints_and_writes_and_metrics_are_of_all_images(two, flags):
     folder, statuses, (printed, silent) = two
     assert statuses == [0, 0], printed + silent
     assert "2 ranks" in printed and "accuracy: last epoch" in printed and silent == ""
@@ -173,6 +136,10 @@ def test_rank_0_prints_and_writes_and_metrics_are_of_all_images(two):
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10"), ("3", "15"), ("4", "20")]
     correct = [float(row["train_accuracy"]) * 33 / 100 for row in rows]
     assert correct == pytest.approx([round(number) for number in correct], abs=1e-3)
+    model, _ = evaluate.load_checkpoint_model(folder / "unbroken" / "last.pt")
+    test = data.load_split(flags[-1], cifar10.TEST_FILES)
+    loss, _ = evaluate.score(evaluate.predict_logits(model, test.images, CPU), test.targets)
+    assert float(rows[-1]["test_loss"]) == pytest.approx(loss, rel=1e-5)  # with the batch norm statistics of rank 0
 
 
 def print_world(rank: int) -> None:
@@ -267,7 +234,7 @@ def lose_contact(rank: int) -> None:
 
 def diverge(rank: int) -> None:
     if rank == 1:
-        break_loss(0, 2)
+        runs.break_loss(0, 2)
 
 
 def spoil_statistics(rank: int) -> None:
@@ -333,61 +300,43 @@ def test_resume_with_another_number_of_ranks(flags, tmp_path):
     assert len(history) == 4 and correct == pytest.approx([round(number) for number in correct], abs=1e-9)
 
 
-# A first life in which a rank is killed, a second in which the launcher is told to stop, as by a job queue.
-KILLED_AND_STOPPED = """
-import os, signal, sys, time
-import evaluate, process, train
+def train_killed_and_stopped(killed: int, kill_at: int, end_at: int) -> None:
+    """Kill a rank in its first life; in the second, let the launcher be told to stop, as by a job queue."""
+    life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    note, noted = Signals._note, []
 
-life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
-train_step, note, noted = train.train_step, process.Signals._note, []
+    def note_and_remember(*args):
+        note(*args)
+        noted.append(True)
 
-def note_and_remember(*args):
-    note(*args)
-    noted.append(True)
-
-def train_step_and_end(run, state, *batch):
-    train_step(run, state, *batch)
-    step = state.epoch * len(run.loader) + state.step
-    if life == 0 and rank == {killed} and step == {kill_at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if life == 1 and rank == 0 and step == {end_at}:
+    def stop_launcher(*_):
         os.kill(os.getppid(), signal.SIGTERM)
-        while not noted:  # until the launcher has passed it on
-            time.sleep(0.01)
-
-train.train_step, process.Signals._note = train_step_and_end, note_and_remember
-train.draw_curves = evaluate.draw_pictures = lambda *_: None
-sys.exit(train.main([*sys.argv[1:], "--save-minutes", "0" if life == 0 else "60"]))
-"""
-
-
-def torchrun(script: Path, *flags, restarts: int = 1, timeout_s: float = 600) -> tuple[int, str, str]:
-    """Run two ranks that torchrun starts again when one of them fails; return status, stdout and stderr."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "--max-restarts", str(restarts), str(script), *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
-        try:
-            printed, errors = agent.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            agent.terminate()  # and with it the ranks
-            pytest.fail(f"still running after {timeout_s} s: {agent.communicate()}")
-    return agent.returncode, printed, errors
+        wait_for(lambda: noted)  # until the launcher has passed it on
+    Signals._note = note_and_remember
+    runs.draw_nothing(pytest.MonkeyPatch())
+    if (life, rank) == (0, killed):
+        at_step((kill_at - 1) // STEPS, (kill_at - 1) % STEPS + 1, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if (life, rank) == (1, 0):
+        at_step((end_at - 1) // STEPS, (end_at - 1) % STEPS + 1, stop_launcher)
+    sys.exit(train.main([*sys.argv[1:], "--save-minutes", "0" if life == 0 else "60"]))
 
 
 @pytest.mark.parametrize(("killed", "kill_at", "end_at"), [
     (1, 4, 11), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 1, 5), (0, 5, 6), (1, 10, 19)])])
 def test_torchrun_resumes_after_a_killed_rank_and_after_sigterm(two, flags, tmp_path, killed, kill_at, end_at):
     script, folder = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(KILLED_AND_STOPPED.format(killed=killed, kill_at=kill_at, end_at=end_at))
+    script.write_text(f"import test_distributed as t\nt.train_killed_and_stopped({killed}, {kill_at}, {end_at})\n")
     flags = [*flags, "--output-dir", folder, "--resume", "auto"]
-    _, printed, errors = torchrun(script, *flags)
-    starts = re.findall(r"^folder .*\((.*)\)$", printed, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+         script, *flags], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    starts = re.findall(r"^folder .*\((.*)\)$", done.stdout, re.MULTILINE)
     epoch, step = divmod(kill_at - 1, STEPS)  # the last one saved
     restart = f"resumed in epoch {epoch + 1} after step {step}" if epoch or step else "new run"
-    assert starts == ["new run", restart], errors
-    assert "all saved; resume with: torchrun --nproc-per-node 2 " in printed
+    assert starts == ["new run", restart], done.stderr
+    assert "all saved; resume with: torchrun --nproc-per-node 2 " in done.stdout
     saved = read(folder)
     assert saved["epoch"] * STEPS + saved["step"] == end_at
     assert run_ranks(flags, tmp_path, print)[0] == [0, 0]
-    assert_same_run(folder, two[0] / "unbroken")
+    runs.assert_same_run(folder, two[0] / "unbroken")
