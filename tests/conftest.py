@@ -1,9 +1,11 @@
-"""Shared fixtures: generated batch files, flags for runs that take a second, and a trained network."""
+"""Shared fixtures: small runs, a trained network, and plain computations of what networks predict."""
 
 import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +20,8 @@ import predict
 import synthetic
 import train
 
-# A network of some thousand parameters on 96 images: 3 steps an epoch.
-TINY = ["--num-blocks", "1", "1", "1", "--channels", "16", "--batch-size", "32", "--limit-train", "96",
-        "--limit-test", "50", "--synthetic", "--device", "cpu", "--precision", "fp32", "--lr", "0.05"]
-
 # The published constants once more, so that a slip in models/ shows.
 MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
-small_data, run, start, paused, unbroken = runs.small_data, runs.run, runs.start, runs.paused, runs.unbroken  # fixtures
 
 # What --deterministic sets, which is too late for cuBLAS where an earlier test of this process has used it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,15 +46,6 @@ def data_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_train(data_dir, tmp_path):
-    """A function that runs train.py in this process, in the run folder tmp_path / "run", and returns its status."""
-    def run(*flags: str) -> int:
-        places = ["--data-dir", str(data_dir), "--output-dir", str(tmp_path / "run")]
-        return train.main([*places, *flags] if "--resume" in flags else [*TINY, *places, *flags])
-    return run
-
-
-@pytest.fixture
 def refused(capsys):
     """A function that calls a program on what must be refused in one line, and returns the line."""
     def refused(program, *argv, status: int = 2, **kwargs) -> str:
@@ -78,6 +66,49 @@ def no_pictures(monkeypatch):
     runs.draw_nothing(monkeypatch)
 
 
+# --- small runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """A folder with batch files of 30 and 20 random images."""
+    return runs.write_data(tmp_path_factory.mktemp("small"), 30)
+
+
+@pytest.fixture
+def run(small_data, tmp_path, no_pictures):
+    """A function that runs train.py in this process and returns its status; its folder is tmp_path / `folder`."""
+    return lambda *flags, folder="run": train.main(runs.command_line(small_data, tmp_path / folder, *flags))
+
+
+@pytest.fixture
+def start(small_data, tmp_path):
+    """A function that starts train.py in a process of its own, in the folder tmp_path / "run"."""
+    def start(*flags: str, **kwargs: Any) -> runs.Child:
+        return runs.Child(runs.command_line(small_data, tmp_path / "run", *flags), tmp_path / "log", **kwargs)
+    return start
+
+
+@pytest.fixture
+def paused(start, tmp_path):
+    """A function that starts a run in a process and waits until it pauses, after the third step."""
+    def paused(*flags: str, prepare: Callable = runs.pause_after, **env: str) -> runs.Child:
+        child = start(*flags, prepare=prepare, args=(0, 3, tmp_path / "marker"), **env)
+        runs.wait_for((tmp_path / "marker").exists)
+        return child
+    return paused
+
+
+@pytest.fixture(scope="session")
+def unbroken(small_data, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        runs.draw_nothing(patch)
+        assert train.main(runs.command_line(small_data, folder)) == 0
+    return folder
+
+
 # --- a trained network -----------------------------------------------------------------------------------------------
 
 
@@ -87,8 +118,8 @@ def trained(data_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         runs.draw_nothing(patch)
-        assert train.main([*TINY, "--data-dir", str(data_dir), "--output-dir", str(folder), "--epochs", "8",
-                           "--batch-size", "16", "--no-augment"]) == 0
+        flags = "--synthetic --limit-train 96 --limit-test 50 --epochs 8 --batch-size 16 --lr 0.05 --no-augment".split()
+        assert train.main(runs.command_line(data_dir, folder, *flags)) == 0
     return folder / "last.pt"
 
 

@@ -37,49 +37,6 @@ PLACES = {"first": (0, 1), "middle": (0, 2), "last": (0, 4), "between": (1, 0), 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
 
 
-# --- fixtures, which conftest.py hands on to all tests ---------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> Path:
-    """A folder with batch files of 30 and 20 random images."""
-    return write_data(tmp_path_factory.mktemp("small"), 30)
-
-
-@pytest.fixture
-def run(small_data, tmp_path, no_pictures):
-    """A function that runs train.py in this process and returns its status; its folder is tmp_path / `folder`."""
-    return lambda *flags, folder="run": train.main(command_line(small_data, tmp_path / folder, *flags))
-
-
-@pytest.fixture
-def start(small_data, tmp_path):
-    """A function that starts train.py in a process of its own, in the folder tmp_path / `folder`."""
-    def start(*flags: str, folder: str = "run", log: str = "log", **kwargs: Any) -> Child:
-        return Child(command_line(small_data, tmp_path / folder, *flags), tmp_path / log, **kwargs)
-    return start
-
-
-@pytest.fixture
-def paused(start, tmp_path):
-    """A function that starts a run in a process and waits until it pauses, by default after the third step."""
-    def paused(*flags: str, prepare: Callable = pause_after, args: tuple = (0, 3), **kwargs: Any) -> Child:
-        child = start(*flags, prepare=prepare, args=(*args, tmp_path / "marker"), **kwargs)
-        wait_for((tmp_path / "marker").exists)
-        return child
-    return paused
-
-
-@pytest.fixture(scope="session")
-def unbroken(small_data, tmp_path_factory) -> Path:
-    """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch)
-        assert train.main(command_line(small_data, folder)) == 0
-    return folder
-
-
 def write_data(folder: Path, count: int) -> Path:
     """Write batch files of `count` training and 20 test images, all random, and return their folder."""
     rng = np.random.default_rng(0)

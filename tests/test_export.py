@@ -34,8 +34,8 @@ def test_onnx_gives_the_logits_of_the_network(trained, test_set, tmp_path, recwa
     assert [path.name for path in output.parent.iterdir()] == ["net.onnx"]
 
 
-def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run_train, tmp_path, refused):
-    assert run_train("--ema", "0.5", "--epochs", "2") == 0
+def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run, tmp_path, refused):
+    assert run("--ema", "0.5") == 0
     source, shared = tmp_path / "run" / "last.pt", tmp_path / "shared.pt"
     assert export.main([str(source), "--output", str(shared)]) == 0
     saved, found = load_checkpoint(source), load_checkpoint(shared)

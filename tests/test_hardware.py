@@ -310,8 +310,9 @@ def test_compiled_losses_on_cuda_are_the_eager_ones(train_and_record, flags, bat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_training_on_cuda_to_the_last_picture(run_train, tmp_path):
-    assert run_train("--device", "cuda", "--precision", "auto", "--no-compile", "--epochs", "1") == 0
+def test_training_on_cuda_to_the_last_picture(small_data, tmp_path):
+    flags = ["--device", "cuda", "--precision", "auto", "--no-compile", "--epochs", "1"]
+    assert train.main(runs.command_line(small_data, tmp_path / "run", *flags)) == 0
     assert (tmp_path / "run" / "mistakes.png").exists() and (tmp_path / "run" / "results.json").exists()
     environment = runs.read(tmp_path / "run")["environment"]
     assert environment["device"] == "cuda" and environment["precision"] in ("bf16", "fp16")

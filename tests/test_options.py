@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-from conftest import TINY
 
 import options
 import train
@@ -155,19 +155,21 @@ def test_empty_arguments_are_refused(argv, refused, monkeypatch):
     assert "is empty; is a shell variable not set?" in refused(train.main, argv)
 
 
-def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(run_train, no_pictures, tmp_path, refused):
-    recipe = TINY[:TINY.index("--lr")]
-    assert run_train("--resume", "auto", *recipe, "--epochs", "1") == 0  # starts a run
+def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(small_data, no_pictures, tmp_path, refused):
+    argv = runs.command_line(small_data, tmp_path / "run", "--resume", "auto")
+    argv.remove("--lr")
+    argv.remove("0.01")
+    assert train.main(argv) == 0  # starts a run
     saved = json.loads((tmp_path / "run/args.json").read_text())
-    assert saved["lr"] == 0.1 and saved["num_blocks"] == [1, 1, 1] and not {"resume", "summary"} & saved.keys()
-    for command, values in {"--epochs 2": "2 differs from the checkpoint's 1", "--lr 0.05": "0.05 0.1",
-                            "--num-blocks 1 2": "1 2 1 1 1", "--no-augment": "off on", "--val-size 20": "20 0",
-                            "--limit-test 20": "20 50", "--seed 1": "1 0"}.items():
+    assert saved["lr"] == 0.1 and saved["num_blocks"] == [1, 1] and not {"resume", "summary"} & saved.keys()
+    for command, values in {"--epochs 3": "3 differs from the checkpoint's 2", "--lr 0.05": "0.05 0.1",
+                            "--num-blocks 1 2": "1 2 1 1", "--no-augment": "off on", "--val-size 20": "20 0",
+                            "--limit-test 10": "10 20", "--seed 1": "1 0"}.items():
         line = refused(train.main, ["--output-dir", str(tmp_path / "run"), "--resume", *command.split()])
         flag = command.split()[0].replace("--no-", "--")
         assert re.search(rf"{flag} {'.*'.join(values.split())}\b", line) and "--init-from" in line, line
     (tmp_path / "run/results.json").unlink()  # as if it had been stopped before the end
-    assert run_train("--resume", "auto", *recipe, "--lr", "0.1", "--log-interval", "7", "--save-minutes", "3",
-                     "--workers", "1", "--no-compile") == 0
+    assert train.main([*argv, "--lr", "0.1", "--log-interval", "7", "--save-minutes", "3", "--workers", "1",
+                       "--no-compile"]) == 0
     args = load_checkpoint(tmp_path / "run/last.pt")["args"]
     assert (args["log_interval"], args["save_minutes"], args["workers"], args["compile"]) == (7, 3, 1, False)
