@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -265,31 +266,24 @@ def kill_at_call(number: int, epoch: int, step: int) -> None:
 
     The process ends with status 99 at the step after, if there were fewer calls.
     """
-    train_step, calls = train.train_step, 0 if (epoch, step) == (0, 0) else None
-
-    def step_and_count(run, state, *batch):
-        nonlocal calls
-        if calls is not None:
-            os._exit(99)
-        train_step(run, state, *batch)
-        if (state.epoch, state.step) == (epoch, step):
-            calls = 0
+    calls, write_bytes, unlink = itertools.count(1), Path.write_bytes, Path.unlink
 
     def lethal(function: Callable) -> Callable:
         def count_and_call(path, *args, **kwargs):
-            nonlocal calls
-            if calls is not None and (function is not unlink or path.exists()):
-                calls += 1
-                if calls == number:
-                    if function is write_bytes:  # in the middle of it
-                        write_bytes(path, bytes(args[0])[:-100])
-                    os.kill(os.getpid(), signal.SIGKILL)
+            if (function is not unlink or path.exists()) and next(calls) == number:
+                if function is write_bytes:  # in the middle of it
+                    write_bytes(path, bytes(args[0])[:-100])
+                os.kill(os.getpid(), signal.SIGKILL)
             return function(path, *args, **kwargs)
         return count_and_call
 
-    write_bytes, unlink = Path.write_bytes, Path.unlink
-    train.train_step, Path.write_bytes, Path.unlink = step_and_count, lethal(write_bytes), lethal(unlink)
-    os.replace = lethal(os.replace)
+    def arm(*_):
+        Path.write_bytes, Path.unlink, os.replace = map(lethal, (write_bytes, unlink, os.replace))
+
+    at_step(epoch, step, arm)
+    at_step(epoch, step + 1, lambda *_: os._exit(99))
+    if step == 0:
+        arm()
 
 
 def fill_disk(epoch: int, step: int) -> None:

@@ -1,18 +1,13 @@
 """Random parameters, crop and flip, network input, MixUp and CutMix, each against a plain computation."""
 
-import numpy as np
 import pytest
 import torch
+from runs import make_split
 from torch.nn import functional as F
 
 import augment
 import options
 import train
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8))
 
 
 def test_random_params_are_a_function_of_seed_and_epoch():
@@ -52,8 +47,8 @@ def test_mix_params_have_the_published_distributions():
 
 
 @pytest.mark.parametrize("box", [(0, 0, 0, 0), (0, 32, 0, 32), (5, 9, 0, 17), (31, 32, 30, 32)])
-def test_mix_equals_a_loop_over_images(images, box):
-    inputs, lam = augment.to_input(images[:5]), torch.tensor(0.3)
+def test_mix_equals_a_loop_over_images(box):
+    inputs, lam = augment.to_input(make_split(5).images), torch.tensor(0.3)
     mixed = augment.mix(inputs, lam, list(box))
     assert len(mixed) == 4 and mixed.is_contiguous(memory_format=torch.channels_last)
     for i in range(4):

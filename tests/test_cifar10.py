@@ -99,12 +99,9 @@ def test_files_of_other_versions_are_read(file, protocol):
     ({b"labels": [3]}, "found labels int64 (1,); expected 2 integers"),
     ({b"labels": [True, False]}, "found labels a list; expected"),
     ({b"labels": np.array([3.0, 9.0])}, "found labels float64 (2,); expected"),
-    ({b"labels": np.array([[3], [9]])}, "found labels int64 (2, 1); expected"),
     ({b"ids": [7]}, "found ids int64 (1,); expected 2 integers"),
-    ({b"ids": [7, "8"]}, "found ids a list; expected"),
     ({b"data": PLANES.astype("f4")}, "found data float32 (2, 3072); expected uint8 (N, 3072) or (N, 32, 32, 3)"),
     ({b"data": PLANES[:, :3071]}, "found data uint8 (2, 3071); expected"),
-    ({b"data": PLANES.reshape(2, 3, 32, 32)}, "found data uint8 (2, 3, 32, 32); expected"),
     ({b"data": PLANES[:0], b"labels": []}, "found data uint8 (0, 3072); expected"),
     ({b"data": PLANES.tobytes()}, "found data a bytes; expected"),
     ({b"data": np.array(["cat", "dog"])}, "no CIFAR-10 batch file of the Python version (UnpicklingError: the dtype"),
@@ -175,11 +172,9 @@ def test_calls_are_not_run(file, tmp_path, protocol):
 
 
 @pytest.mark.parametrize("module, name", [
-    ("os", "system"), ("builtins", "eval"), ("__builtin__", "getattr"), ("codecs", "encode"), ("_codecs", "decode"),
-    ("cifar10", "pickle.loads"), ("numpy", "load"), ("numpy", "frombuffer"), ("numpy", "__builtins__"),
+    ("os", "system"), ("__builtin__", "getattr"), ("_codecs", "decode"), ("cifar10", "pickle.loads"),
     ("numpy", "ndarray.tofile"), ("numpy", "f2py.os.system"), ("numpy.core", "multiarray._reconstruct"),
-    ("numpy._core.multiarray", "fromfile"), ("numpy.core.multiarray", "_reconstruct.__globals__"),
-    ("numpy.core.numeric", "__builtins__"), ("numpy.testing._private.utils", "runstring")])
+    ("numpy._core.multiarray", "fromfile"), ("numpy.core.multiarray", "_reconstruct.__globals__")])
 def test_other_names_are_refused(file, module, name):
     before = {*sys.modules}
     lines = f"{module}\n{name}\n".encode()
@@ -196,13 +191,11 @@ STATE = b"(K\x01K\x04\x85" + dtype("u1") + b"\x89C\x04wxyztb"
 
 
 @pytest.mark.parametrize("content, found", [
-    # NumPy's own functions would take AAAAAAAA for a pointer in the first and the third, and crash.
+    # NumPy's own functions would take AAAAAAAA for a pointer in the first two, and crash.
     (b"cnumpy\nndarray\n(K\x01\x85" + dtype("O") + b"C\x08AAAAAAAAtRK\0K\x01s.", "the dtype O"),
-    (b"cnumpy\nndarray\n(K\x01\x85" + dtype("u8") + b"C\x08AAAAAAAAtRK\0K\x01s.", "'NoneType' object is not callable"),
     (BUFFER % (dtype("V8") + FIELDS % dtype("O")) + text("a") + b"K\x01s.", "the dtype V8"),
     (BUFFER % (dtype("u8") + FIELDS % dtype("u8")) + text("a") + b"K\x01s.", "read-only"),
     (BUFFER % dtype("u8") + STATE + b".", "TypeError"),
-    (b"}" + ENCODE + b"}" + text("__code__") + b"Nsb.", "no CIFAR-10"),
     (b"}" + ENCODE + b"N}" + text("__defaults__") + b")s\x86bs.", "no CIFAR-10"),
     (ENCODE + text("x") + text("zlib") + b"\x86R.", "a bytes")])
 def test_crafted_arguments_are_refused(file, content, found):

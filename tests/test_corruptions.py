@@ -1,8 +1,8 @@
 """tools/corruptions.py: what it measures, reads, prints and refuses."""
 
 import json
+import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,16 +90,11 @@ def test_published_files_are_read_by_severity(folder, monkeypatch, capsys):
     assert limited["fog"] == pytest.approx([75, 50, 25, 0, 0])
 
 
-def cut_off(array: np.ndarray, path: Path):
-    np.save(path, array)
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 @pytest.mark.parametrize("name, write, message", [
     ("fog.npy", lambda path: np.save(path, np.zeros((29, 32, 32, 3), np.uint8)), "fog.npy has uint8 (29, 32, 32, 3)"),
     ("fog.npy", lambda path: path.write_bytes(pickle.dumps(trap(path.with_name("run")))), "fog.npy is not a"),
     ("fog.npy", lambda path: np.save(path, np.array([trap(path.with_name("run"))])), "fog.npy is not a"),
-    ("fog.npy", lambda path: cut_off(np.load(path), path), "fog.npy is not a"),
+    ("fog.npy", lambda path: os.truncate(path, path.stat().st_size - 1), "fog.npy is not a"),
     ("labels.npy", lambda path: np.save(path, np.full(30, 10, np.uint8)), "from 0 to 9"),
     ("labels.npy", lambda path: np.save(path, np.arange(30) % 10), "the same ones for each severity"),
     ("labels.npy", lambda path: np.save(path, np.zeros((6, 5), np.uint8)), "(6, 5)"),
