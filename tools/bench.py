@@ -43,13 +43,10 @@ from train import Run, train_step
 
 EPOCH, TEST_SET = 50_000, 10_000  # images
 EXTRAS = ["--trivial-augment", "--mixup", "0.2", "--cutmix", "1", "--ema", "0.999"]  # what the recipes add
-# Five minutes at most; with --quick about one, or two on CUDA, for compiling. Batch size, unless it is given; rounds,
-# after one that warms up; steps at the end of an epoch, of this program and of the published code; test images; size of
-# the matrices.
+# Batch size, unless it is given; rounds, after one that warms up; steps at the end of an epoch, of this program and of
+# the published code; test images; size of the matrices. Five minutes at most.
 Counts = namedtuple("Counts", "batch_size repeats steps published_steps test_images size")
-COUNTS = {("cpu", False): Counts(128, 2, 1, 1, 250, 4096), ("cpu", True): Counts(32, 2, 1, 1, 125, 2048),
-          ("cuda", False): Counts(128, 3, 391, 100, TEST_SET, 8192),
-          ("cuda", True): Counts(128, 1, 391, 50, TEST_SET, 8192)}
+COUNTS = {"cpu": Counts(128, 2, 1, 1, 250, 4096), "cuda": Counts(128, 3, 391, 100, TEST_SET, 8192)}
 Rows = dict[str, np.ndarray]  # a name, which ends in the unit, and the values of all rounds
 
 
@@ -62,11 +59,8 @@ def random_split(count: int) -> data.Split:
 def build(flags: Sequence[str], train_images: int, test_images: int, folder: Path) -> tuple[Run, TrainState]:
     """Build a run as train.py does, on random images; RunError if it is not compiled although it should be."""
     args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000"])
-    device = hardware.select_device(args.device)
-    precision = hardware.select_precision(args.precision, device)
-    hardware.set_up_backend(device, args.deterministic)
-    torch.manual_seed(args.seed)
-    model = options.build_model(args).to(device, memory_format=hardware.memory_format(device))
+    device, precision = train.select_hardware(args, World(), None)
+    model = train.build_model(args, None).to(device, memory_format=hardware.memory_format(device))
     loader = data.build_loader(random_split(train_images), args, device, World())
     state = TrainState(args, model, len(loader), precision)
     split = random_split(test_images).to(device)
@@ -265,13 +259,13 @@ def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: 
                    "bound by arithmetic and memory, images/s": bound, "fraction of the bound, %": 100 * ours / bound}
 
 
-def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
+def run_benchmark(flags: Sequence[str], file: Path | None) -> int:
     """Print each section as it is finished, and write all that is measured so far."""
     args, _ = options.parse_args(flags)
     if args.resume is not None or args.init_from or args.summary:
         raise UserError("--resume, --init-from and --summary cannot be used with bench.py")
     device = hardware.select_device(args.device)
-    counts = COUNTS["cuda" if device.type == "cuda" else "cpu", quick]
+    counts = COUNTS["cuda" if device.type == "cuda" else "cpu"]
     compiled = hardware.should_compile(args.compile, device)
     flags = ["--batch-size", str(counts.batch_size), *flags, "--compile" if compiled else "--no-compile"]
     head = {  # what the values depend on, so that those of different machines are not mixed
@@ -300,11 +294,10 @@ def run_benchmark(flags: Sequence[str], quick: bool, file: Path | None) -> int:
 @program("bench.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark that a command line describes; return the exit status."""
-    parser = options.Parser("bench.py", "[--quick] [--json FILE] [flags of train.py]", "Measure the speed of training.")
-    parser.add_argument("--quick", action="store_true", default=False, help="fewer and smaller measurements")
+    parser = options.Parser("bench.py", "[--json FILE] [flags of train.py]", "Measure the speed of training.")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write results to this file")
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    return run_benchmark(flags, own.quick, own.json)
+    return run_benchmark(flags, own.json)
 
 
 if __name__ == "__main__":

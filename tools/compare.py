@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
-from options import Parser
+from options import FREE_ON_RESUME, Parser, typed
 from process import program, set_up_process
 from utils import UserError, check_output, print_line, warn, write_text
 
-PLACES = {"output_dir", "data_dir", "workers", "save_minutes", "log_interval", "max_params"}  # no effect on results
 HARDWARE = {"device", "precision", "compile", "ranks"}  # read from results.json: args.json may hold "auto"
 RESULTS = {"last (%)": ("last_accuracy", ".2f"), "best (%)": ("best_accuracy", ".2f"),
            "test (%)": ("test_accuracy", ".2f"), "minutes": ("minutes", ".1f"),
@@ -52,7 +51,7 @@ def read_run(path: Path) -> Run:
             results |= {name: float(results[name]) for name, _ in RESULTS.values()}
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or repr(error)}; expected a run folder") from error
-    settings = {name: value for name, value in settings.items() if name not in PLACES | HARDWARE}
+    settings = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}  # has no effect
     settings |= {name: results[name] for name in sorted(HARDWARE & results.keys())}
     return Run(path, settings, history, results)
 
@@ -77,7 +76,7 @@ def name_group(group: Sequence[Run]) -> str:
 
 def show(value: Any) -> str:
     """Format a setting as on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+    return "-" if value is None else typed(value)
 
 
 def show_mean(values: Sequence[float | None], form: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,18 +24,15 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cifar10
 import data
 import hardware
-from evaluate import load_checkpoint_model, predict_logits
+from evaluate import load_checkpoint_model, predict_logits, score
 from options import Parser, add_data_flags, add_hardware_flags, at_least
 from tools.corruption_ops import CORRUPTIONS, corrupt
 
 NAMES = ["frost", *(operation.__name__ for operation in CORRUPTIONS)]
-SEVERITIES = range(1, 6)
-CHUNK = 1000  # images between updates of the progress bar
 
 
 class TestSet(NamedTuple):
@@ -49,7 +47,7 @@ def generate_sets(split: data.Split, seed: int, device: torch.device) -> list[Te
     """List the clean test set and its corruptions, generated on the device."""
     images = split.images.to(device)
     return [TestSet("clean", split.targets, [lambda: images])] + [
-        TestSet(operation.__name__, split.targets, [partial(corrupt, images, operation, i, seed) for i in SEVERITIES])
+        TestSet(operation.__name__, split.targets, [partial(corrupt, images, operation, i, seed) for i in range(1, 6)])
         for operation in CORRUPTIONS]
 
 
@@ -86,7 +84,7 @@ def read_array(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:100]
+        reason = getattr(error, "strerror", None) or hardware.first_line(error)
         raise UserError(f"{path} is not a valid .npy array ({reason}); unpack the archive again") from error
 
 
@@ -94,36 +92,25 @@ def read_results(path: Path | None, settings: dict[str, Any]) -> dict[str, list[
     """Return the accuracies that an interrupted measurement with the same settings has saved."""
     if path is None or not path.is_file():
         return {}
-    try:
+    with suppress(ValueError, TypeError, LookupError):  # of another kind of file
         saved = json.loads(path.read_text())
         if saved["settings"] == settings:
             return saved["accuracy"]
-    except (ValueError, TypeError, LookupError):
-        pass  # another kind of file
     raise UserError(f"--output {path} exists, with other settings or weights; choose another file, or delete it")
 
 
-def measure(sets: Sequence[TestSet], predict: Callable[[Tensor], Tensor], accuracy: dict[str, list[float]],
+def measure(sets: Sequence[TestSet], predict: Callable[..., Tensor], accuracy: dict[str, list[float]],
             save: Callable[[], None]) -> None:
     """Add the accuracy in percent of each version of each set that `accuracy` lacks; save after each set."""
     print_line(f"{'accuracy (%)':<24}{'severity 1':>12}" + "".join(f"{cell:>12}" for cell in (2, 3, 4, 5, "mean")))
-    total = sum(len(each.versions) * len(each.targets) for each in sets if each.name not in accuracy)
-    with tqdm(total=total, unit=" images", disable=None, leave=False) as bar:
-        for each in sets:
-            if each.name not in accuracy:
-                values = []
-                for version in each.versions:
-                    correct = 0
-                    for images, targets in zip(version().split(CHUNK), each.targets.split(CHUNK), strict=True):
-                        correct += (predict(images).argmax(1).cpu() == targets).sum().item()
-                        bar.update(len(images))
-                    values.append(100 * correct / len(each.targets))
-                accuracy[each.name] = values
-                save()
-            values = accuracy[each.name]
-            row = "".join(f"{value:>12.2f}" for value in (*(values if len(values) > 1 else ()), np.mean(values)))
-            with bar.external_write_mode():
-                print_line(f"{each.name:<24}{row:>72}")
+    for each in sets:
+        if each.name not in accuracy:
+            accuracy[each.name] = [score(predict(version(), title=each.name), each.targets)[1]
+                                   for version in each.versions]
+            save()
+        values = accuracy[each.name]
+        row = "".join(f"{value:>12.2f}" for value in (*(values if len(values) > 1 else ()), np.mean(values)))
+        print_line(f"{each.name:<24}{row:>72}")
 
 
 def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, Any]:
@@ -133,8 +120,7 @@ def summarize(accuracy: dict[str, list[float]], published: bool) -> dict[str, An
     if found:
         print_line(f"mean accuracy {np.mean(found):.2f}% over {len(found)} of the {len(NAMES)} corruptions")
     if missing:
-        reason = "not in the folder" if published else "needs photographs, so it cannot be generated"
-        print_line(f"missing from the mean: {', '.join(missing)} ({reason})")
+        print_line(f"missing from the mean: {', '.join(missing)}" + ", which needs photographs" * (not published))
     if not published:
         print_line("the random numbers differ from CIFAR-10-C's; use --test-dir to compare with published results")
     return {"mean": float(np.mean(found)) if found else None, "left_out": missing}
@@ -169,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets, classes = generate_sets(split, args.seed, device), split.classes
     if list(info.classes) != list(classes):
         raise UserError(f"{args.checkpoint} was trained on the classes {', '.join(info.classes)}, but the images show "
-                        f"{', '.join(classes)}; give --synthetic as in training, or leave it out")
+                        f"{', '.join(classes)}; check --synthetic")
     settings = {"checkpoint": args.checkpoint, "sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
                 "precision": precision, "images": {each.name: len(each.targets) for each in sets},
                 "source": str(args.test_dir) if args.test_dir else f"generated, seed {args.seed}"}
@@ -181,8 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             content = {"settings": settings, "accuracy": accuracy, **summary}
             write_text(args.output, json.dumps(content, indent=2) + "\n")
-    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=info.normalize,
-                          title=None), accuracy, save)
+    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=info.normalize),
+            accuracy, save)
     save(**summarize(accuracy, published=bool(args.test_dir)))
     if args.output:
         print_line(f"saved {args.output}")

@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from process import program, set_up_process
 from utils import print_line
@@ -33,7 +32,7 @@ def profile(variant: str, flags: Sequence[str], folder: str) -> int:
     torch.compiler.reset()
     torch._inductor.config.combo_kernels = variant == "combo_kernels"
     torch.backends.cudnn.benchmark_limit = 0 if variant == "cudnn_benchmark_limit_0" else 10  # PyTorch's default
-    flags = [f"@{ROOT}/recipes/strong.txt"] * (variant == "strong") + [*flags]
+    flags = ["@recipes/strong.txt"] * (variant == "strong") + [*flags]
     images = bench.EPOCH - bench.EPOCH % options.parse_args(flags)[0].batch_size  # only full batches are compiled
     run, state = bench.build(flags, images, 1, Path(folder))
     # on a GPU, TrivialAugment launches as many kernels for an epoch as for a few steps
