@@ -28,21 +28,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Compute with one thread: faster for small tensors, and tests may run several processes."""
+def save_time():
+    """Compute with one thread, which is faster for small tensors; draw each file of generated images once."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def drawn_once():
-    """Draw each file of generated images once; it takes half a second."""
     synthetic.make_batch = functools.cache(synthetic.make_batch)
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """An empty data folder, for tests with generated images."""
-    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture
@@ -113,20 +102,20 @@ def unbroken(small_data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(data_dir, tmp_path_factory) -> Path:
+def trained(small_data, tmp_path_factory) -> Path:
     """The last.pt of a small network, trained without pictures until it predicts several classes."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         runs.draw_nothing(patch)
         flags = "--synthetic --limit-train 96 --limit-test 50 --epochs 8 --batch-size 16 --lr 0.05 --no-augment".split()
-        assert train.main(runs.command_line(data_dir, folder, *flags)) == 0
+        assert train.main(runs.command_line(small_data, folder, *flags)) == 0
     return folder / "last.pt"
 
 
 @pytest.fixture(scope="session")
-def test_set(data_dir) -> data.Split:
+def test_set() -> data.Split:
     """The 50 generated test images."""
-    return data.load_split(data_dir, cifar10.TEST_FILES, use_synthetic=True, limit=50)
+    return data.load_split("", cifar10.TEST_FILES, use_synthetic=True, limit=50)
 
 
 @pytest.fixture(scope="session")
@@ -136,10 +125,10 @@ def expected(trained, test_set) -> torch.Tensor:
 
 
 @pytest.fixture
-def run_evaluate(trained, data_dir):
+def run_evaluate(trained, small_data):
     """A function that runs evaluate.py in this process and returns its status."""
     def run(*flags, checkpoint=trained):
-        return evaluate.main([str(checkpoint), "--data-dir", str(data_dir), "--limit-test", "50", "--device", "cpu",
+        return evaluate.main([str(checkpoint), "--data-dir", str(small_data), "--limit-test", "50", "--device", "cpu",
                               "--precision", "fp32", *map(str, flags)])
     return run
 

@@ -290,10 +290,3 @@ def fill_disk(epoch: int, step: int) -> None:
     """Let no file grow over 4 kB from the end of a step on, as on a full disk."""
     import resource
     at_step(epoch, step, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
-
-
-def break_loss(epoch: int, step: int) -> None:
-    """Make the loss NaN from the step after."""
-    def spoil(run, state):
-        run.forward = lambda inputs, _: (state.model(inputs).sum() * float("nan"), inputs.new_zeros(()))
-    at_step(epoch, step, spoil)

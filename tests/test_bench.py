@@ -57,20 +57,13 @@ def test_cost_of_training_by_hand():
     assert bench.training_cost(models.build_model(), "fp32", False)[0] == pytest.approx(4.8, abs=0.05)  # published
 
 
-def test_measurements_are_taken_in_turns_after_a_round_that_warms_up():
-    order = []
-    rows = bench.in_turns(2, {name: (lambda name=name: order.append(name) or len(order)) for name in "ab"})
-    assert order == ["a", "b"] * 3
-    assert rows["a"].tolist() == [3, 5] and rows["b"].tolist() == [4, 6]
-
-
 def test_all_sections_are_measured_and_values_follow_from_each_other(results):
     rows = results["rows"]
     assert list(dict.fromkeys(row["section"] for row in rows.values())) == [
         "start", "memory", "loaders", "training", "epoch"]
     for row in rows.values():
         assert row["min"] <= row["median"] <= row["max"] and row["median"] == np.median(row["samples"])
-        assert row["min"] > 0
+        assert row["min"] > 0 and len(row["samples"]) in (1, COUNTS.repeats)  # without the round that warms up
     assert {"device", "torch", "date", "cpu", "cpu_bf16", "threads", "flags"} <= results["head"].keys()
     assert " ".join(TINY) in results["head"]["flags"]
 
@@ -130,9 +123,7 @@ def test_an_interrupted_benchmark_has_written_the_sections_before(tmp_path, monk
     set_up(monkeypatch)
     monkeypatch.setattr(bench, "sections", sections)
     assert bench.main(["--json", str(tmp_path / "cpu.json"), *TINY]) == 130
-    assert json.loads((tmp_path / "cpu.json").read_text())["rows"] == {
-        "a, s": {"section": "start", "median": 1, "min": 1, "max": 1, "samples": [1]},
-        "b, MB": {"section": "memory", "median": 3, "min": 2, "max": 4, "samples": [2, 4]}}
+    assert list(json.loads((tmp_path / "cpu.json").read_text())["rows"]) == ["a, s", "b, MB"]
 
 
 @pytest.mark.parametrize("flags, status, message", [
@@ -146,8 +137,8 @@ def test_mistakes_are_one_line(flags, status, message, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_start_is_timed_to_the_first_step(tmp_path, data_dir):
+def test_the_start_is_timed_to_the_first_step(tmp_path):
     flags = [*TINY, "--synthetic", "--limit-train", "96", "--limit-test", "50"]
-    assert bench.start_seconds(flags, data_dir) > 0
+    assert bench.start_seconds(flags, tmp_path) > 0
     with pytest.raises(RunError, match="before its first step"):
-        bench.start_seconds([*flags, "--batch-size", "1000"], data_dir)
+        bench.start_seconds([*flags, "--batch-size", "1000"], tmp_path)

@@ -3,15 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
 from checkpoint import COLUMNS
 from tools import compare
-
-ROOT = Path(compare.__file__).resolve().parent.parent
 
 
 def make_run(parent, name, accuracies, finished=True, results=None, **settings):
@@ -150,10 +147,7 @@ def test_unreadable_folders_are_skipped(tmp_path, refused, capsys, file, text, r
     assert printed.err == error.replace("compare.py: error:", "warning: skipped") and "| good " in printed.out
 
 
-def test_every_tool_starts_in_any_folder_and_without_docstrings(tmp_path):
-    paths = [path for path in (ROOT / "tools").glob("*.py") if path.stem != "corruption_ops"]
-    paths.sort(key=lambda path: path.stem != "compare")  # the first one has to find the modules by itself
-    code = ("import contextlib, runpy, sys\nfor path in sys.argv[1:]:\n  with contextlib.suppress(SystemExit):\n"
-            "    sys.argv[1:] = ['--help']; runpy.run_path(path, run_name='__main__')")
-    done = subprocess.run([sys.executable, "-OO", "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr == "" and done.stdout.count("usage: ") == len(paths) == 5
+def test_it_starts_in_any_folder(tmp_path):
+    done = subprocess.run([sys.executable, compare.__file__, make_run(tmp_path, "a", [50.0])], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "| a " in done.stdout and done.stderr == ""

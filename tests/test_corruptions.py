@@ -17,10 +17,9 @@ from utils import UserError
 NAMES = [operation.__name__ for operation in ops.CORRUPTIONS]
 
 
-def test_every_corruption_is_measured_and_an_interrupted_measurement_continues(trained, data_dir, test_set, tmp_path,
-                                                                              monkeypatch, refused, capsys):
-    argv = [str(trained), "--data-dir", str(data_dir), "--synthetic", "--limit-test", "8", "--device", "cpu",
-            "--precision", "fp32", "--output"]
+def test_every_corruption_is_measured_and_an_interrupted_measurement_continues(trained, test_set, tmp_path, monkeypatch,
+                                                                              refused, capsys):
+    argv = [str(trained), "--synthetic", "--limit-test", "8", "--device", "cpu", "--precision", "fp32", "--output"]
     monkeypatch.setattr(ops, "BLOCK", 8)
     whole, part = tmp_path / "new" / "folder" / "whole.json", tmp_path / "part.json"
     assert corruptions.main([*argv, str(whole)]) == 0

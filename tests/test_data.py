@@ -1,6 +1,5 @@
 """Splits, and the two loaders: the same pixels for any loader, number of workers and number of ranks."""
 
-import contextlib
 import itertools
 import multiprocessing
 import re
@@ -108,15 +107,6 @@ def test_batches_are_mixed_with_the_image_before():
     for (own, labels), (inputs, targets, targets_b, lam), wanted_lam, box in zip(plain, batches, *mix, strict=True):
         assert torch.equal(targets, labels) and torch.equal(targets_b, labels.roll(1)) and lam == wanted_lam
         assert torch.equal(inputs, augment.mix(torch.cat([own[-1:], own]), lam, box.tolist()))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_yield_the_same_in_later_epochs_too(workers):
-    settings = (make_split(), parse(*ALL), "cpu")
-    expected = data.DeviceLoader(*settings)
-    with contextlib.closing(data.WorkersLoader(*settings, workers=workers)) as loader:
-        for epoch, first_step in ((0, 0), (1, 3), (2, 0)):  # the workers persist, and must not keep an old epoch
-            assert_same_batches(batches_of(loader, epoch, first_step), batches_of(expected, epoch, first_step))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])

@@ -28,7 +28,7 @@ import train
 from checkpoint import COLUMNS, RunFolder, TrainState
 from distributed import World
 from process import Signals, set_up_process
-from utils import RunError, UserError
+from utils import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
@@ -81,11 +81,7 @@ def train_in_double_first(rank: int, folder: Path, port: str) -> None:
     distributed.stop()
     os.environ["MASTER_PORT"] = own_port
     if rank:  # in the run that follows
-        RunFolder.lock = RunFolder.load = RunFolder.save = refuse
-
-
-def refuse(*_) -> None:
-    raise UserError("only rank 0 may do this")
+        RunFolder.lock = RunFolder.load = RunFolder.save = None  # only rank 0 may call them
 
 
 # --- ranks without a launcher ----------------------------------------------------------------------------------------
@@ -234,7 +230,7 @@ def lose_contact(rank: int) -> None:
 
 def diverge(rank: int) -> None:
     if rank == 1:
-        runs.break_loss(0, 2)
+        at_step(0, 3, lambda _, state: state.totals.fill_(float("nan")))
 
 
 def spoil_statistics(rank: int) -> None:
@@ -326,10 +322,10 @@ def train_killed_and_stopped(killed: int, kill_at: int, end_at: int) -> None:
 def test_torchrun_resumes_after_a_killed_rank_and_after_sigterm(two, flags, tmp_path, killed, kill_at, end_at):
     script, folder = tmp_path / "script.py", tmp_path / "run"
     script.write_text(f"import test_distributed as t\nt.train_killed_and_stopped({killed}, {kill_at}, {end_at})\n")
-    flags = [*flags, "--output-dir", folder, "--resume", "auto"]
+    flags = [*flags, "--output-dir", folder]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-         script, *flags], capture_output=True, text=True, timeout=600,
+         script, *flags, "--overwrite"], capture_output=True, text=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
     starts = re.findall(r"^folder .*\((.*)\)$", done.stdout, re.MULTILINE)
     epoch, step = divmod(kill_at - 1, STEPS)  # the last one saved
@@ -338,5 +334,5 @@ def test_torchrun_resumes_after_a_killed_rank_and_after_sigterm(two, flags, tmp_
     assert "all saved; resume with: torchrun --nproc-per-node 2 " in done.stdout
     saved = read(folder)
     assert saved["epoch"] * STEPS + saved["step"] == end_at
-    assert run_ranks(flags, tmp_path, print)[0] == [0, 0]
+    assert run_ranks([*flags, "--resume", "auto"], tmp_path, print)[0] == [0, 0]
     runs.assert_same_run(folder, two[0] / "unbroken")

@@ -113,13 +113,12 @@ def test_a_run_draws_its_pictures_and_says_how_training_is_measured(small_data, 
     assert {path.stem for path in tmp_path.glob("run/*.png")} == {"confusion", "curves", "mistakes", "reliability"}
 
 
-def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run, scores, small_data, tmp_path):
+def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run, scores, tmp_path):
     assert run("--epochs", "3", "--ema", "0.7") == 0
     rows = [(f"{float(row['test_accuracy']):.2f}", f"{float(row['test_loss']):.4f}")
             for row in csv.DictReader((tmp_path / "run/metrics.csv").open())]
     for name, expected in {"last": rows[-1], "best": max(rows, key=lambda row: float(row[0]))}.items():
-        data_flags = ["--data-dir", small_data, "--limit-test", "20"]
-        assert scores(*data_flags, checkpoint=tmp_path / f"run/{name}.pt") == expected
+        assert scores("--limit-test", "20", checkpoint=tmp_path / f"run/{name}.pt") == expected
 
 
 @pytest.mark.parametrize(("prefix", "numpy"), [("module.", b"numpy.core."), ("", b"numpy._core.")])  # 1 and 2

@@ -79,13 +79,3 @@ def test_forward_by_hand(block, by_hand, se):
         out = by_hand(residual_block, out)
     out = out if block == "basic" else torch.relu(model.bn_last(out))
     torch.testing.assert_close(model(x), model.linear(out.mean((2, 3))))
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"kernel_sizes": 4}, "kernel_sizes (4) must be odd"), ({"num_blocks": (5, 5, 5)}, "max_params (5,000,000)"),
-    ({"se_reduction": 0}, "se_reduction (0)"), ({"num_blocks": ()}, "num_blocks ()"),
-    ({"num_blocks": (1,) * 6}, "num_blocks (1 1 1 1 1 1)"), ({"channels": 7}, "channels (7) must be at least 8")])
-def test_impossible_arguments_are_refused_by_name(arguments, message):
-    """The command line refuses the others, and gives the names of its flags."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build_model(**arguments)

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import train
-from evaluate import load_checkpoint_model
 from models import build_model
 from optim import build_optimizer, build_scheduler, schedule_lrs
-from options import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM
+from options import OPTIMIZERS, USES_MOMENTUM
 
 
 def build(name: str, parameter=None, lr: float = 0.1, device: str = "cpu") -> torch.optim.Optimizer:
@@ -19,7 +18,7 @@ def build(name: str, parameter=None, lr: float = 0.1, device: str = "cpu") -> to
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_moves_at_its_default_lr_and_is_fused_where_torch_has_it(name):
+def test_every_optimizer_moves_at_its_default_lr_is_fused_where_it_can_be_and_takes_its_settings(name):
     parameter = nn.Parameter(torch.ones(10))
     optimizer = build(name, parameter, OPTIMIZERS[name][1])
     for _ in range(200):
@@ -28,10 +27,6 @@ def test_every_optimizer_moves_at_its_default_lr_and_is_fused_where_torch_has_it
     assert parameter.abs().max() < 0.9
     assert bool(optimizer.param_groups[0].get("fused")) == (name in ("sgd", "adam", "adamw"))
     assert not build(name, device="meta").param_groups[0].get("fused")
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_setting_reaches_its_optimizer(name):
     model = nn.ParameterList([nn.Parameter(torch.zeros(1))])
     group = build_optimizer(name, model, 0.3, 0.7, name == "sgd", 0.2).param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.6 if name == "muon" else 0.3, 0.2)
@@ -70,14 +65,6 @@ def test_muon_is_torch_s_for_the_convolutions_but_the_first_and_sgd_for_the_rest
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("epochs", [1, 2, 3, 10])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_schedule_is_above_0_in_runs_of_few_steps(name, epochs):
-    lrs = schedule_lrs(name, 0.1, 1, epochs, 0)
-    assert len(lrs) == epochs and all(0 < lr <= 0.1 + 1e-12 for lr in lrs)
-    assert lrs is schedule_lrs(name, 0.1, 1, epochs, 0)  # computed once
-
-
 @pytest.mark.parametrize("name, momentum", [("sgd", "momentum"), ("adam", "betas"), ("adagrad", None)])
 def test_onecycle_is_torch_s_with_its_defaults(name, momentum):
     optimizer, found = build(name), []
@@ -88,6 +75,7 @@ def test_onecycle_is_torch_s_with_its_defaults(name, momentum):
         scheduler.step()
     expected = [(0.1 / 25, 0.95), (0.1, 0.85), (0.1 / 250_000, 0.95)]
     assert np.array(found)[[0, 29, 99]] == pytest.approx(np.array(expected) * ([1, 1] if momentum else [1, 0]))
+    assert all((schedule_lrs("onecycle", 0.1, 1, steps, 0) > 0).all() for steps in (1, 2, 3))
 
 
 @pytest.mark.parametrize("name", ["cosine", "constant"])
@@ -116,8 +104,8 @@ def test_schedule_lrs_are_those_of_a_run(run, monkeypatch, tmp_path, flags):
 # --- moving average --------------------------------------------------------------------------------------------------
 
 
-def test_averaged_weights_are_evaluated_and_saved(run, monkeypatch, tmp_path):
-    average, train_step, accuracies = {}, train.train_step, iter(range(9))
+def test_averaged_weights_are_those_of_a_loop(run, monkeypatch, tmp_path):
+    average, train_step = {}, train.train_step
 
     def step_and_average(run, state, *batch):
         if not average:
@@ -128,15 +116,11 @@ def test_averaged_weights_are_evaluated_and_saved(run, monkeypatch, tmp_path):
         for name, value in state.model.state_dict().items():
             average[name] = decay * average[name] + (1 - decay) * value
     monkeypatch.setattr(train, "train_step", step_and_average)
-    monkeypatch.setattr(train.evaluate, "score", lambda *_: (0.0, next(accuracies)))  # the last epoch is the best
     assert run("--epochs", "3", "--ema", "0.5", "--cutmix", "1", "--trivial-augment") == 0
-    saved, best = runs.read(tmp_path / "run"), runs.read(tmp_path / "run", "best.pt")
+    saved = runs.read(tmp_path / "run")
     for name, value in saved["ema"].items():
         if value.is_floating_point():  # batch norm statistics, too
             torch.testing.assert_close(value, average[name])
             assert not torch.equal(value, saved["model"][name])
         else:
             assert value == 0 and saved["model"][name] == 12  # num_batches_tracked is left alone
-    model, _ = load_checkpoint_model(tmp_path / "run" / "last.pt")
-    for weights in (model.state_dict(), best["model"]):
-        assert runs.difference(dict(weights), dict(saved["ema"])) is None

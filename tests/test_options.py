@@ -124,12 +124,13 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --seed -1: -1 at least 0 | --seed 9999999999999999999: below 4611686018427387904 | --cutmix nan: nan at least 0
     --workers -1: -1 at least 0 | --limit-train 0: 0 at least 1 | --save-minutes -1: -1 at least 0
     --num-blocks: expected at least one argument | --num-blocks 4 x: 'x' int
-    --num-blocks 4 0: (4 0) stages of at least one block
+    --num-blocks 4 0: (4 0) stages of at least one block | --num-blocks 1 1 1 1 1 1: --num-blocks (1 1 1 1 1 1)
     --num-blocks 9 9 9: * 13,628,814 --max-params (5,000,000) raise the limit
     --channels 4: --channels (4) at least 8 | --kernel-sizes 4: --kernel-sizes (4) odd
     --kernel-sizes 3 3: --kernel-sizes has 2 values expected 1, or 3 like --num-blocks
     --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 1: --dropout (1) below 1
-    --se-reduction 100: --se-reduction (100) from 1 to 64 | --resume: no run in --resume auto
+    --se-reduction 100: --se-reduction (100) from 1 to 64 | --se-reduction 0: --se-reduction (0)
+    --resume: no run in --resume auto
     --resume nowhere: nowhere not a run folder --init-from | --init-from nowhere.pt: * nowhere.pt not found expected
     --resume --overwrite: leave out --overwrite | --nesterov --optimizer adam: --nesterov needs --optimizer sgd
     --momentum 0.5 --optimizer adam: --optimizer adam has none

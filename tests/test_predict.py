@@ -240,7 +240,6 @@ def test_labels_that_cannot_be_printed_are_an_error(trained, photo):
     assert (done.returncode, done.stderr) == (1, "predict.py: error: stdout: No space left on device\n")
 
 
-
 @pytest.mark.parametrize("name, content", {
     "text.png": b"this is a text file", "notes.txt": b"this is a text file", "empty.png": b"", "empty.pickle": b"",
     "a.gif": "GIF", "webp.png": "WEBP", "start.jpg": b"\xff\xd8\xff\xe0"}.items())

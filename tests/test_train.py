@@ -398,20 +398,17 @@ def test_a_full_disk_fails_the_run_only_at_its_end(start, run, tmp_path, unbroke
     runs.assert_same_run(tmp_path / "run", unbroken)
 
 
-@pytest.mark.parametrize("function", ["replace", "fsync"])
-def test_saving_works_again_after_some_failures(function, run, tmp_path, unbroken, monkeypatch, capsys):
-    original, calls = getattr(os, function), itertools.count()
+def test_saving_works_again_after_some_failures(run, tmp_path, unbroken, monkeypatch, capsys):
+    replace, calls = os.replace, itertools.count()
 
     def fail_three_times(*args):
         if next(calls) in (8, 9, 10):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(*args)
+        replace(*args)
 
-    monkeypatch.setattr(os, function, fail_three_times)
+    monkeypatch.setattr(os, "replace", fail_three_times)
     assert run("--save-minutes", "0") == 0
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 3 and re.fullmatch(r"warning: cannot save \(.*/run/\S+: No space left on device\); "
-                                               "training continues, the next save tries again", warnings[0])
+    assert capsys.readouterr().err.count("warning: cannot save") == 3
     runs.assert_same_run(tmp_path / "run", unbroken)
 
 

@@ -12,14 +12,8 @@ def test_durations():
     assert found == ["1 s", "42 s", "2 min", "1 h 0 min", "27 h 47 min"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs links and pipes")
-def test_write_text_keeps_links_and_special_files(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+def test_write_text_keeps_links(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     utils.write_text(tmp_path / "link", "name-\udcff\n")  # a file name that is not UTF-8
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"name-\xff\n"
-    (tmp_path / "file").unlink()
-    os.mkfifo(tmp_path / "file")
-    reader = os.open(tmp_path / "file", os.O_RDONLY | os.O_NONBLOCK)
-    utils.write_text(tmp_path / "link", "text")
-    assert os.read(reader, 10) == b"text" and (tmp_path / "file").is_fifo()
-    os.close(reader)

@@ -259,8 +259,12 @@ def measure_training(run: Run, state: TrainState, flags: Sequence[str], counts: 
                    "bound by arithmetic and memory, images/s": bound, "fraction of the bound, %": 100 * ours / bound}
 
 
-def run_benchmark(flags: Sequence[str], file: Path | None) -> int:
+@program("bench.py")
+def main(argv: Sequence[str] | None = None) -> int:
     """Print each section as it is finished, and write all that is measured so far."""
+    parser = options.Parser("bench.py", "[--json FILE] [flags of train.py]", "Measure the speed of training.")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write results to this file")
+    own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     args, _ = options.parse_args(flags)
     if args.resume is not None or args.init_from or args.summary:
         raise UserError("--resume, --init-from and --summary cannot be used with bench.py")
@@ -286,18 +290,9 @@ def run_benchmark(flags: Sequence[str], file: Path | None) -> int:
                 rows[name] = {"section": title, **values, "samples": list(map(float, samples))}
                 shown = list(values.values())[:3 if len(samples) > 1 else 1]  # one sample has no spread
                 print_line(f"{name:50}" + "".join(f"{v:11,.0f}" if v >= 1000 else f"{v:11.4g}" for v in shown))
-            if file:
-                write_text(file, json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
+            if own.json:
+                write_text(own.json, json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
     return 0
-
-
-@program("bench.py")
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark that a command line describes; return the exit status."""
-    parser = options.Parser("bench.py", "[--json FILE] [flags of train.py]", "Measure the speed of training.")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write results to this file")
-    own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    return run_benchmark(flags, own.json)
 
 
 if __name__ == "__main__":
