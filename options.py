@@ -227,17 +227,24 @@ def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str
 
 
 def build_model(args: Namespace):
-    """Build the network of the model flags."""
-    import models  # and torch
+    """Build the network of the model flags, if it has at most `--max-params` parameters."""
+    import torch
+
+    import models
 
     if args.optimizer == "muon" and args.block == "preact":  # here, since --init-from may bring the block
         raise UserError("--optimizer muon fixes the length of weights, which --block preact needs; use another "
                         "optimizer, or --block basic")
     try:
-        return models.build_model(**model_args(vars(args)), max_params=args.max_params)
+        with torch.device("meta"):  # without memory, so that a typo does not fill the machine
+            count = models.count_parameters(models.SEResNet(**model_args(vars(args))))
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's integers
-        names = rf"\b({'|'.join((*MODEL_FLAGS, 'max_params'))})(?= \(| has|$)"  # its arguments' names
+        names = rf"\b({'|'.join(MODEL_FLAGS)})(?= \(| has|$)"  # its arguments' names
         raise UserError(re.sub(names, lambda match: flag_of(match[1]), str(error))) from error
+    if args.max_params and count > args.max_params:
+        raise UserError(f"the network has {count:,} parameters, above --max-params ({args.max_params:,}); make it "
+                        "smaller, or raise the limit (0 is none)")
+    return models.SEResNet(**model_args(vars(args)))
 
 
 def model_args(values: dict[str, Any]) -> dict[str, Any]:

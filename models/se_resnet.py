@@ -8,7 +8,6 @@ Squeeze-and-Excitation Networks, arXiv 1709.01507 (SE block).
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,8 @@ SE_PLACES = ("stem", "block", "none")
 class SEResNet(nn.Module):
     """Stem, stages of residual blocks with doubling width and halving size, average pool, linear classifier.
 
-    Attributes are named as in the published code. A ValueError names an argument that no network can be built from.
+    The defaults are the published [4, 4, 3] network with 4,697,742 parameters. Attributes are named as in the published
+    code. A ValueError names an argument that no network can be built from.
 
     Args:
         num_blocks: Residual blocks of each stage; the first stage keeps 32x32, each further one halves it.
@@ -184,16 +184,6 @@ def check_arguments(num_blocks: Sequence[int], channels: int, dropout: float, bl
         raise ValueError(f"se ({se}) must be one of {', '.join(SE_PLACES)}")
     if se != "none" and not 1 <= se_reduction <= channels:
         raise ValueError(f"se_reduction ({se_reduction}) must be from 1 to {channels}, the channels")
-
-
-def build_model(*args: Any, max_params: int = 5_000_000, **kwargs: Any) -> SEResNet:
-    """Build the published SE-ResNet [4, 4, 3] with 4,697,742 parameters, or a variant by `SEResNet`'s arguments."""
-    with torch.device("meta"):  # counts without memory, so that a typo does not fill the machine
-        count = count_parameters(SEResNet(*args, **kwargs))
-    if max_params and count > max_params:
-        raise ValueError(f"the network has {count:,} parameters, above max_params ({max_params:,}); make it smaller, "
-                         "or raise the limit (0 is none)")
-    return SEResNet(*args, **kwargs)
 
 
 class Normalized(nn.Module):

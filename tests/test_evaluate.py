@@ -133,7 +133,7 @@ def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run_train, no_
 @pytest.mark.parametrize(("prefix", "numpy"), [("module.", b"numpy.core."), ("", b"numpy._core.")])  # 1 and 2
 def test_a_published_checkpoint(prefix, numpy, run_evaluate, scores, refused, test_set, tmp_path):
     torch.manual_seed(3)
-    model = models.build_model().eval()
+    model = models.SEResNet().eval()
     path = tmp_path / "ckpt.pth"
     config = {"num_blocks": [4, 4, 3], "channels": None, "lr": np.float64(0.1), "total_params": np.int64(5342)}
     torch.save({"net": {prefix + name: value for name, value in model.state_dict().items()}, "acc": 93.21,

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 import train
 from evaluate import load_checkpoint_model
-from models import build_model
+from models import SEResNet
 from optim import build_optimizer, build_scheduler, orthogonalize, schedule_lrs, update_ema
 from options import OPTIMIZERS, SCHEDULERS, USES_MOMENTUM
 
@@ -46,7 +46,7 @@ def test_every_setting_reaches_its_optimizer(name):
 
 def test_muon_is_torch_s_for_the_convolutions_but_the_first_and_sgd_for_the_rest():
     torch.manual_seed(0)
-    model = build_model((1, 2), 16, se="block", se_reduction=4).to(memory_format=torch.channels_last)
+    model = SEResNet((1, 2), 16, se="block", se_reduction=4).to(memory_format=torch.channels_last)
     names = [name for name, p in model.named_parameters() if name.startswith("residual_layers") and p.ndim == 4
              and "seblock" not in name]
     assert len(names) == 7 and {p.shape[2:] for p in map(model.get_parameter, names)} == {(3, 3), (1, 1)}
