@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed import World, is_restart, on_every_rank, on_main_rank
+from distributed import World, on_every_rank, on_main_rank
 from hardware import describe, get_rng_state, set_rng_state
 from optim import averaged_tensors, build_optimizer, build_scheduler
 from options import merge_saved, saved_args
@@ -278,7 +278,8 @@ def format_metrics(history: list[dict[str, Any]]) -> str:
 @on_every_rank
 def find_run(args: Namespace) -> RunFolder:
     """Find the run folder that `--output-dir` and `--resume` name."""
-    if is_restart():  # it continues what the ranks before it have saved, and with --overwrite must not remove it
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        # torchrun has started the ranks again: continue what they have saved, and do not remove it with --overwrite
         args.resume = args.resume or "auto"
     if args.resume in (None, "auto", "last"):
         return RunFolder(args.output_dir)

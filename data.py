@@ -20,7 +20,7 @@ import cifar10
 import download
 import synthetic
 import trivial_augment
-from distributed import World
+from distributed import World, on_every_rank
 from hardware import count_cores, memory_format
 from process import STOP_SIGNALS
 from utils import UserError
@@ -66,16 +66,14 @@ def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool =
 def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
     """Split a training set into training images and `val_size` validation images, balanced over the classes."""
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(split.targets)))
-    chosen = []
+    is_val = torch.zeros(len(split.targets), dtype=torch.bool)
     for label in range(10):
         size = val_size // 10 + (label < val_size % 10)
         members = order[split.targets[order] == label]
         if len(members) <= size:
             raise UserError(f"--val-size ({val_size}) leaves no training images of class {split.classes[label]}, which "
                             f"has {len(members)}; choose a smaller value")
-        chosen.append(members[:size])
-    is_val = torch.zeros(len(split.targets), dtype=torch.bool)
-    is_val[torch.cat(chosen)] = True
+        is_val[members[:size]] = True
     return tuple(Split(split.images[rows], split.targets[rows], split.classes) for rows in (~is_val, is_val))
 
 
@@ -90,8 +88,8 @@ def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split
                             "training images")
         return train, val, test
     # the first rank of each machine goes ahead: it may have to download
-    first = world.run(lambda: read() if world.local_rank == 0 else None)
-    return world.run(lambda: first or read())
+    first = on_every_rank(lambda: read() if world.local_rank == 0 else None)()
+    return on_every_rank(lambda: first or read())()
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
