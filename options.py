@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         given = vars(self.parse_args(self.expand(sys.argv[1:] if argv is None else argv)))
         return Namespace(**{**self.defaults, **given}), given
 
-    def expand(self, argv: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
+    def expand(self, argv: Sequence[str], folder: Path = Path()) -> list[str]:
         """Replace each `@FILE`, relative to `folder` or to the program, by the flags in it, and each `~`."""
         found = []
         for word in argv:
@@ -82,10 +82,8 @@ class Parser(argparse.ArgumentParser):
             name, own = os.path.expanduser(word[1:]), Path(__file__).parent
             path = own / name if os.path.exists(own / name) and not os.path.exists(folder / name) else folder / name
             try:
-                if depth == 10:
-                    raise ValueError("it includes itself, or files are nested too deeply")
                 words = shlex.split(path.read_text(encoding="utf-8-sig"), comments=True)
-                found += self.expand(words, path.parent, depth + 1)
+                found += self.expand(words, path.parent)
             except (OSError, ValueError) as error:
                 self.error(f"{word} is not an argument file ({path}: {getattr(error, 'strerror', None) or error}); the "
                            "recipes are @recipes/paper.txt and the other files there")

@@ -102,7 +102,6 @@ def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypat
     (b"\x80\x04\xff\x00", ["can't decode"]),
     (b"--output-dir bob's", ["quotation"]),
     (b"--epochs 2\n@nowhere.txt", ["@nowhere.txt", "No such file"]),
-    (b"@flags.txt", ["includes itself"]),
 ])
 def test_bad_argument_files(content, words, tmp_path, refused):
     path = tmp_path / "flags.txt"
