@@ -50,9 +50,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        problem = f"is a folder; try {path / 'best.pt'}" if path.is_dir() else (
-            "not found; expected a file such as checkpoints/se-resnet/best.pt")
-        raise UserError(f"checkpoint {path} {problem}")
+        raise UserError(f"checkpoint file {path} not found; expected one such as best.pt in a run folder")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
@@ -66,10 +64,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             checkpoint = {"model": checkpoint["net"], "args": {}}  # published code: always the default network
         if missing := [name for name in ("model", "args") if name not in checkpoint]:
             raise ValueError(f"it lacks {' and '.join(missing)}; expected these, or a plain state_dict")
-        for name in ("model", "ema"):
-            if name == "model" or checkpoint.get(name) is not None:
-                checkpoint[name] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value
-                                    for key, value in checkpoint[name].items()}
+        checkpoint["model"] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value
+                               for key, value in checkpoint["model"].items()}
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files
         text = str(error).strip()
         if refused := re.search(r"GLOBAL (\S+)", text):
@@ -308,10 +304,7 @@ def print_if_finished(folder: RunFolder, checkpoint: dict[str, Any], args: Names
     file = folder.path / "results.json"
     if checkpoint["epoch"] < args.epochs or not file.exists():
         return False
-    try:
-        text = describe_results(json.loads(file.read_text()), folder.path)
-    except (ValueError, LookupError, TypeError):  # damaged, or of an older release: evaluate and write it again
-        return False
+    text = describe_results(json.loads(file.read_text()), folder.path)
     print_line(f"this run is finished: {file}\n{text}\nto train longer, start a new run with --init-from "
                f"{shlex.quote(str(folder.best))} --output-dir NEW")
     return True

@@ -262,15 +262,6 @@ def test_initial_weights_that_are_not_finite_replace_no_run(run, refused, unbrok
     assert runs.difference(runs.read(tmp_path / "run"), before) is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}"])
-def test_a_finished_run_with_a_damaged_results_json_writes_it_again(content, run, unbroken, tmp_path):
-    shutil.copytree(unbroken, tmp_path / "run")
-    results = tmp_path / "run" / "results.json"
-    before = json.loads(results.read_text())
-    results.write_text(content)
-    assert run("--resume") == 0 and json.loads(results.read_text()) == before
-
-
 def test_flipped_and_cut_bytes_are_found_or_do_no_harm(unbroken, tmp_path):
     content, expected = (unbroken / "best.pt").read_bytes(), load_checkpoint(unbroken / "best.pt")
     path, rng, found = tmp_path / "best.pt", random.Random(0), 0
