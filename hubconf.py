@@ -18,8 +18,6 @@ def se_resnet(pretrained: bool = False, **kwargs) -> torch.nn.Module:
     spec = importlib.util.spec_from_file_location("_se_resnet", folder / "models" / "se_resnet.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if pretrained and kwargs:
-        raise ValueError(f"the pretrained network is the default one; leave out {', '.join(kwargs)}")
     network = module.SEResNet(**kwargs)
     if pretrained:
         checkpoint = torch.load(folder / "checkpoints" / "pretrained.pt", map_location="cpu", weights_only=True)
