@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import train
 from models import SEResNet, count_parameters
+from models.se_resnet import SEBlock
 
 TABLE = Path(__file__).parent / "figure2.tsv"
 
@@ -43,8 +44,8 @@ def test_dropout_after_each_block_and_before_the_linear_layer():
     assert rates == [0.2] * (4 + 4 + 3 + 1)
 
 
-def squeeze_and_excite(se: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
-    if se is None:
+def squeeze_and_excite(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(se, SEBlock):
         return x
     (w1, b1), (w2, b2) = ((conv.weight[:, :, 0, 0], conv.bias) for conv in (se.conv1, se.conv2))
     gate = torch.sigmoid(torch.relu(x.mean((2, 3)) @ w1.T + b1) @ w2.T + b2)
@@ -71,11 +72,11 @@ def test_forward_by_hand(block, by_hand, se):
     model, x = SEResNet((1, 2), 8, block=block, se=se, se_reduction=2), torch.randn(3, 3, 32, 32)
     model(x)  # moves the statistics of batch norm away from 0 and 1
     model.eval()
-    assert (model.seblock is None) == (se != "stem")
+    assert isinstance(model.seblock, SEBlock) == (se == "stem")
     out = F.conv2d(x, model.conv1.weight, padding=1)
     out = squeeze_and_excite(model.seblock, torch.relu(model.bn1(out)) if block == "basic" else out)
     for residual_block in (*model.residual_layers[0], *model.residual_layers[1]):
-        assert (residual_block.seblock is None) == (se != "block")
+        assert isinstance(residual_block.seblock, SEBlock) == (se == "block")
         out = by_hand(residual_block, out)
     out = out if block == "basic" else torch.relu(model.bn_last(out))
     torch.testing.assert_close(model(x), model.linear(out.mean((2, 3))))

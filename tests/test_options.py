@@ -127,7 +127,7 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --num-blocks 9 9 9: * 13,628,814 --max-params (5,000,000) raise the limit
     --channels 4: --channels (4) at least 8 | --kernel-sizes 4: --kernel-sizes (4) odd
     --kernel-sizes 3 3: --kernel-sizes has 2 values expected 1, or 3 like --num-blocks
-    --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 1: --dropout (1) below 1
+    --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 2: * dropout between 0 and 1, but got 2
     --se-reduction 100: --se-reduction (100) from 1 to 64 | --resume: no run in --resume auto
     --resume nowhere: nowhere not a run folder --init-from | --init-from nowhere.pt: * nowhere.pt not found expected
     --resume --overwrite: leave out --overwrite | --nesterov --optimizer adam: --nesterov needs --optimizer sgd
