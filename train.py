@@ -116,9 +116,10 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
 
 @on_every_rank
 def select_hardware(args: Namespace, world: World, checkpoint: dict[str, Any] | None) -> tuple[torch.device, str]:
-    """Select device, precision and algorithms, and the number of threads that a resumed run has had."""
-    if checkpoint is not None:
-        hardware.restore_threads(checkpoint["environment"]["threads"])
+    """Select device, precision and algorithms, and the number of CPU threads that a resumed run has had."""
+    threads = checkpoint and checkpoint["environment"]["threads"]
+    if threads and threads <= hardware.count_cores():  # the order of sums depends on it
+        torch.set_num_threads(threads)
     device = hardware.select_device(args.device, world.local_rank)
     hardware.set_up_backend(device, args.deterministic)
     return device, hardware.select_precision(args.precision, device)
