@@ -56,9 +56,6 @@ def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool =
         if limit is None or count < limit:
             parts.append(synthetic.make_batch(name) if use_synthetic else cifar10.read_labeled(folder / name))
             count += len(parts[-1][1])
-    if limit is not None and count < limit:
-        raise UserError(f"{folder or '--synthetic'} has {count} images in {', '.join(files)}, fewer than the limit of "
-                        f"{limit}")
     images, targets = (torch.from_numpy(np.concatenate(arrays)[:limit]) for arrays in zip(*parts, strict=True))
     return Split(images, targets, list(synthetic.NAMES if use_synthetic else cifar10.CLASSES))
 
@@ -83,9 +80,6 @@ def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split
         train = load_split(args.data_dir, cifar10.TRAIN_FILES, args.synthetic, args.limit_train)
         test = load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
         train, val = hold_out(train, args.val_size) if args.val_size else (train, None)
-        if args.batch_size > len(train.targets):
-            raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the number of "
-                            "training images")
         return train, val, test
     # the first rank of each machine goes ahead: it may have to download
     first = on_every_rank(lambda: read() if world.local_rank == 0 else None)()
