@@ -229,8 +229,6 @@ class RunFolder:
         for path in paths:
             try:
                 checkpoint = load_checkpoint(path)
-                if "optimizer" not in checkpoint:
-                    raise UserError(f"{path} holds weights only and cannot be resumed; use --init-from")
             except UserError as error:
                 errors.append(str(error))
                 continue

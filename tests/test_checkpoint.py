@@ -233,7 +233,6 @@ WRONG = {
                        "without pickle_protocol"),
     "old format": (lambda path, _: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
                    "by torch before 1.6"),
-    "plain weights": (lambda path, _: torch.save(torch.load(path)["model"], path), "holds weights only"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "does not fit 4 steps an epoch; has the training set changed?"),
     "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is missing there"),
