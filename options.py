@@ -215,10 +215,8 @@ def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str
         refuse("--nesterov needs --optimizer sgd with a --momentum above 0")
     if "momentum" in given and args.optimizer not in USES_MOMENTUM:
         refuse(f"--momentum is for {', '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
-    if "momentum" in given and args.scheduler == "onecycle":
-        refuse("--scheduler onecycle cycles the momentum between 0.85 and 0.95; leave out --momentum")
-    if args.warmup_epochs and args.scheduler == "onecycle":
-        refuse("--scheduler onecycle has its own warm-up; leave out --warmup-epochs")
+    if args.scheduler == "onecycle" and ("momentum" in given or args.warmup_epochs):
+        refuse("--scheduler onecycle sets momentum and warm-up itself; leave out --momentum and --warmup-epochs")
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
                f"--warmup-epochs {args.epochs / 10:g}")
@@ -268,8 +266,7 @@ def merge_saved(args: Namespace, given: dict[str, Any], saved: dict[str, Any], r
     for name, value in given.items():
         if name in fixed and value != saved[name]:
             raise UserError(f"{flag_of(name)} {typed(value)} differs from the checkpoint's {typed(saved[name])}; leave "
-                            "it out" + ("; for other settings or longer training start a new run with --init-from"
-                                        if resumes else ", --init-from takes the network from the checkpoint"))
+                            "it out (--resume keeps all settings; --init-from starts a new run of the same network)")
     taken = [name for name in saved if name in fixed or resumes and name not in given]
     return Namespace(**{**vars(args), **{name: saved[name] for name in taken}})
 
