@@ -41,9 +41,7 @@ def read_image(path: str | Path) -> np.ndarray:
             warnings.simplefilter("ignore")  # Pillow's, of large photos and of metadata
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 if image.mode.startswith("I"):  # 16-bit gray, which convert would clip at 255
-                    gray = np.asarray(image)
-                    gray = np.where(gray == image.info.get("transparency", -1), 65535, gray)
-                    image = Image.fromarray((gray >> 8).astype(np.uint8))
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = ImageOps.exif_transpose(image)  # phones store photos sideways, with the rotation as a tag
                 if image.mode.endswith("A") or "transparency" in image.info:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -142,17 +142,15 @@ def test_modes_of_images(test_set, tmp_path, mode):
     assert np.abs(found - np.asarray(image.convert("RGB")).astype(int)).max() <= (8 if mode == "CMYK" else 0)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 @pytest.mark.parametrize("hidden", [30, 220])
 def test_transparent_pixels_are_white_whatever_their_hidden_color(tmp_path, monkeypatch, recwarn, mode, hidden):
     alpha, transparency = np.zeros((32, 32), np.uint8), None
-    alpha[4:28, 4:28], alpha[8:24, 8:24] = 255 if mode == "I;16" else 128, 255
+    alpha[4:28, 4:28], alpha[8:24, 8:24] = 128, 255
     image = Image.fromarray(np.where(alpha, 110, hidden).astype(np.uint8)).convert(mode[:-1] if "A" in mode else "L")
     if mode == "P":
         image, transparency = Image.fromarray(alpha // 127).convert("P"), bytes([0, 128, 255])
         image.putpalette([hidden] * 3 + [110] * 6)
-    elif mode == "I;16":  # without an alpha channel, one gray level counts as transparent
-        image, transparency = Image.fromarray(np.asarray(image) * np.uint16(256)), hidden * 256
     else:
         image.putalpha(Image.fromarray(alpha))
     image.save(tmp_path / "image.png", transparency=transparency)
