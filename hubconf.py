@@ -11,7 +11,7 @@ dependencies = ["torch"]
 def se_resnet(pretrained: bool = False, **kwargs) -> torch.nn.Module:
     """Build the SE-ResNet [4, 4, 3] with its normalization, from (N, 3, 32, 32) floats in [0, 1] to logits (N, 10).
 
-    `pretrained` loads the weights of this repository; without them, `SEResNet` in `models/` takes the other arguments.
+    `pretrained` loads the weights of this repository. The other arguments are those of `SEResNet` in `models/`.
     """
     folder = pathlib.Path(__file__).parent
     # By its path and not into sys.modules: the caller may have a utils.py, data.py or models/ of its own.
