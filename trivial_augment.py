@@ -1,10 +1,11 @@
 """TrivialAugment (arXiv 2103.10158) with its wide augmentation space.
 
-Each image gets one random operation at one random strength. The operations and their magnitudes are those of
-torchvision's TrivialAugmentWide, which applies one of them to all images of a call, with random numbers of its own.
+Each image gets one random operation at one random strength. The operations are torchvision's functions, so that the
+images are bitwise identical to those of its TrivialAugmentWide.
 """
 
 from functools import cache
+from math import atan, degrees
 
 import numpy as np
 import torch
@@ -16,11 +17,29 @@ STRENGTHS = 2 * BINS  # the bins with a positive magnitude, then with a negative
 
 
 @cache
-def space() -> list[tuple[str, tuple[Tensor, bool]]]:
-    """Return the operations: name, magnitude of each bin (or a single one), and whether it can be negative."""
-    from torchvision.transforms import TrivialAugmentWide  # here, because it takes a second
+def space() -> tuple[tuple, ...]:
+    """Return the operations in torchvision's order.
 
-    return list(TrivialAugmentWide()._augmentation_space(BINS).items())
+    Each is: magnitude m of the first and of the last bin, sign of m in the second half of the strengths, function.
+    """
+    from torchvision.transforms import functional as tv  # here, because it takes a second
+    from torchvision.transforms.v2.functional import equalize  # the older function loops over images
+
+    return (
+        (0, 0, 1, lambda image, _: image),
+        (0, 0.99, -1, lambda image, m: tv.affine(image, 0.0, [0, 0], 1.0, [degrees(atan(m)), 0.0], center=[0, 0])),
+        (0, 0.99, -1, lambda image, m: tv.affine(image, 0.0, [0, 0], 1.0, [0.0, degrees(atan(m))], center=[0, 0])),
+        (0, 32, -1, lambda image, m: tv.affine(image, 0.0, [int(m), 0], 1.0, [0.0, 0.0])),
+        (0, 32, -1, lambda image, m: tv.affine(image, 0.0, [0, int(m)], 1.0, [0.0, 0.0])),
+        (0, 135, -1, lambda image, m: tv.rotate(image, m)),
+        (0, 0.99, -1, lambda image, m: tv.adjust_brightness(image, 1 + m)),
+        (0, 0.99, -1, lambda image, m: tv.adjust_saturation(image, 1 + m)),
+        (0, 0.99, -1, lambda image, m: tv.adjust_contrast(image, 1 + m)),
+        (0, 0.99, -1, lambda image, m: tv.adjust_sharpness(image, 1 + m)),
+        (8, 2, 1, lambda image, m: tv.posterize(image, round(m))),
+        (255, 0, 1, lambda image, m: tv.solarize(image, m)),
+        (0, 0, 1, lambda image, _: tv.autocontrast(image)),
+        (0, 0, 1, lambda image, _: equalize(image)))
 
 
 def random_params(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
@@ -29,18 +48,16 @@ def random_params(count: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rng.integers(0, OPERATIONS, count)), torch.from_numpy(rng.integers(0, STRENGTHS, count))
 
 
+@cache
+def magnitudes() -> Tensor:
+    """Return the magnitude of each operation at each strength, (14, 62) float32."""
+    bins = torch.stack([torch.linspace(first, last, BINS) for first, last, _, _ in space()])
+    return torch.cat([bins, bins * torch.tensor([[sign] for _, _, sign, _ in space()])], 1)
+
+
 def transform_one(images: Tensor, operation: int, strength: int) -> Tensor:
     """Apply one operation to one or more images (..., 3, 32, 32) uint8."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.autoaugment import _apply_op
-    from torchvision.transforms.v2.functional import equalize
-
-    name, (magnitudes, is_signed) = space()[operation]
-    if name == "Equalize":  # the function that _apply_op calls loops over images
-        return equalize(images)
-    magnitude = magnitudes.expand(BINS)[strength % BINS].item()
-    sign = -1 if is_signed and strength >= BINS else 1
-    return _apply_op(images, name, sign * magnitude, InterpolationMode.NEAREST, fill=None)
+    return space()[operation][-1](images, magnitudes()[operation, strength].item())
 
 
 def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
@@ -51,7 +68,7 @@ def transform(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     """
     if images.device.type == "mps":  # lacks operations, and samples some grids wrong (pytorch issues 176879, 174339)
         return transform(images.cpu(), operation, strength).to(images.device)
-    has_strength = torch.tensor([magnitudes.ndim > 0 for _, (magnitudes, _) in space()])
+    has_strength = torch.tensor([first != last for first, last, _, _ in space()])
     code = operation * STRENGTHS + strength * has_strength[operation]
     order = code.argsort()
     codes, counts = code[order].unique_consecutive(return_counts=True)
