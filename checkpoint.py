@@ -50,7 +50,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint file {path} not found; expected one such as best.pt in a run folder")
+        example = path / "best.pt" if path.is_dir() else "checkpoints/se-resnet/best.pt"
+        raise UserError(f"checkpoint file {path} not found; expected one such as {example}")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
