@@ -107,7 +107,7 @@ class TrainState:
         self.parameters, self.weights = list(model.parameters()), averaged_tensors(model)
         self.ema_weights = averaged_tensors(self.ema_model) if self.ema_model else []
         self.optimizer = build_optimizer(args.optimizer, model, args.lr, args.momentum, args.nesterov,
-                                         args.weight_decay, precision)
+                                         args.weight_decay, precision, args.bias_lr)
         self.scheduler = build_scheduler(self.optimizer, args.scheduler, steps_per_epoch, args.epochs,
                                          args.warmup_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")

@@ -130,16 +130,22 @@ class Loader:
         """Yield this rank's shard of the batches of an epoch, from any step on, on the device.
 
         Yields:
-            inputs (n, 3, 32, 32) float32 and targets (n,) int64; with MixUp or CutMix also targets_b (n,) of the
-            images mixed in and lam () float32, the weight of `targets`. n can be 0 in the last batch of several ranks.
+            inputs (n, 3, 32, 32) float32, or (n, 3, 24, 24) in the first `small_epochs`, and targets (n,) int64; with
+            MixUp or CutMix also targets_b (n,) of the images mixed in and lam () float32, the weight of `targets`. n
+            can be 0 in the last batch of several ranks.
         """
         positions = [self.positions(step) for step in range(first_step, len(self))]
         rows = torch.cat([torch.arange(0), *positions])  # none, for a run stopped after the last step of an epoch
         params = augment.random_params(len(self.targets), self.args.seed, epoch).rows(rows)
         batches = self.load(params, [len(batch) for batch in positions])
-        if not self.mixes:
-            yield from batches
-            return
+        if self.mixes:
+            batches = self.mix(batches, epoch, first_step)
+        for inputs, *others in batches:
+            yield augment.shrink(inputs) if epoch < self.args.small_epochs else inputs, *others
+
+    def mix(self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, first_step: int
+            ) -> Iterator[tuple[Tensor, ...]]:
+        """Mix the images of each batch; adds targets_b and lam."""
         mix = augment.random_mix_params(len(self), self.args.seed, epoch, self.args.mixup, self.args.cutmix)
         lam, boxes = mix.lam.to(self.device), mix.box.tolist()
         for step, (inputs, targets) in enumerate(batches, first_step):

@@ -170,6 +170,8 @@ def build_parser() -> Parser:
     flag("--mixup", 0.0, "MixUp: blend pairs of images with weights from Beta(N, N); 0 is off", type=number)
     flag("--cutmix", 0.0, "CutMix: paste boxes between pairs of images, with areas from Beta(N, N); 0 is off; "
          "with --mixup, each batch uses one of the two", type=number)
+    flag("--small-epochs", 0, "epochs at the start with images of 24x24 pixels, which need 0.56 of the computation "
+         "(progressive resizing, arXiv 2104.00298)", type=at_least(0))
     add_hardware_flags(parser)
     return parser
 
@@ -185,6 +187,8 @@ def add_optimization_flags(parser: Parser) -> None:
     flag("--momentum", 0.9, f"momentum of {', '.join(USES_MOMENTUM)}", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")
     flag("--weight-decay", 5e-4, "weight decay of all parameters; for muon, not of convolutions", type=number)
+    flag("--bias-lr", 1.0, "learning rate of the biases of batch norm, as a multiple of the others' (arXiv 2404.00498)",
+         type=at_least(1, float))
     flag("--scheduler", "cosine", "cosine, onecycle (also cycles the momentum) or constant", choices=SCHEDULERS)
     flag("--warmup-epochs", 0.0, "epochs of linear warm-up before the schedule", type=number)
     flag("--grad-clip", 0.1, "clip gradients to this absolute value; 0 is off", type=number)
@@ -220,6 +224,9 @@ def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
                f"--warmup-epochs {args.epochs / 10:g}")
+    if args.small_epochs >= args.epochs:
+        refuse(f"--small-epochs ({args.small_epochs}) must be less than --epochs ({args.epochs}): the last ones need "
+               "images of full size")
 
 
 def build_model(args: Namespace):

@@ -22,7 +22,7 @@ from distributed import World
 from utils import UserError
 
 FLAGS = ("--augment", "--normalize", "--trivial-augment")
-ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1"]
+ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1", "--small-epochs", "3"]
 
 
 @pytest.fixture
@@ -86,7 +86,8 @@ def assert_same_batches(found, expected):
         assert len(batch) == len(wanted) and all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
 
 
-@pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"]])
+@pytest.mark.parametrize("mixes", [
+    [], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"], ["--small-epochs", "3"]])
 def test_both_loaders_yield_the_same_for_every_combination_of_flags(mixes):
     """One of them calls torchvision for each image; the 70 images have every offset of a crop at both sides."""
     split = make_split()
@@ -96,6 +97,17 @@ def test_both_loaders_yield_the_same_for_every_combination_of_flags(mixes):
         assert [len(batch[1]) for batch in expected] == [16, 16, 16, 16, 6]
         assert all(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in expected)
         assert_same_batches(batches_of(data.WorkersLoader(split, args, "cpu", workers=0)), expected)
+
+
+@pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4", "--cutmix", "1"]])
+def test_the_first_small_epochs_shrink_the_same_batches(mixes):
+    full, small = (data.DeviceLoader(make_split(), parse(*mixes, *flags), "cpu")
+                   for flags in ([], ["--small-epochs", "2"]))
+    for epoch in range(3):
+        expected = batches_of(full, epoch, 1)
+        if epoch < 2:
+            expected = [[augment.shrink(inputs), *others] for inputs, *others in expected]
+        assert_same_batches(batches_of(small, epoch, 1), expected)
 
 
 def test_batches_are_mixed_with_the_image_before():

@@ -175,7 +175,8 @@ def test_pictures(run_evaluate, scores, refused, tmp_path, monkeypatch, capsys):
                                           ({"num_blocks": None}, "does not describe a network")])
 def test_a_checkpoint_that_claims_another_network_than_it_holds(run_evaluate, refused, trained, tmp_path, args, reason):
     assert "other.pt not found; expected" in refused(run_evaluate, checkpoint=tmp_path / "other.pt")
-    assert f"{tmp_path} not found; expected one such as {tmp_path / 'best.pt'}" in refused(run_evaluate, checkpoint=tmp_path)
+    message = refused(run_evaluate, checkpoint=tmp_path)
+    assert f"{tmp_path} not found; expected one such as {tmp_path / 'best.pt'}" in message
     checkpoint = torch.load(trained)
     checkpoint["args"].update(args)
     torch.save(checkpoint, tmp_path / "other.pt")

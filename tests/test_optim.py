@@ -85,6 +85,26 @@ def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_values_close_to
     assert (found - torch.diag_embed(diagonal)).abs().max() < (1e-4 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_bias_lr_is_for_the_biases_of_batch_norm(name):
+    """Plain SGD with one learning rate and decay for each parameter."""
+    torch.manual_seed(0)
+    model = SEResNet((1, 2), 16, se="block", se_reduction=4)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    biases = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    optimizer = build_optimizer(name, model, 0.1, 0.0, False, 0.5, bias_lr=8)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    for key, p in model.named_parameters():
+        is_muon = name == "muon" and p.ndim == 4 and key.startswith("residual_layers") and "seblock" not in key
+        lr, decay = (0.2 if name == "muon" else 0.1), 0.5
+        lr, decay = (8 * lr, decay / 8) if key in biases else (lr, decay)
+        if not is_muon:
+            torch.testing.assert_close(p, expected[key] - lr * (p.grad + decay * expected[key]), msg=key)
+    assert len(biases) == 8
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("epochs", [1, 2, 3, 10])
 @pytest.mark.parametrize("name", SCHEDULERS)

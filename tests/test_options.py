@@ -29,9 +29,10 @@ model: --num-blocks 4 4 3; --channels 64; --kernel-sizes 3; --shortcut-kernel-si
 --se stem; --se-reduction 16; --max-params 5000000
 optimization: --epochs 200; --batch-size 128; --optimizer sgd; --lr 0.1 for sgd, 0.001 for adam, 0.001 for adamw, \
 0.0001 for rmsprop, 0.01 for adagrad, 1 for adadelta, 0.05 for muon; --momentum 0.9; --nesterov/--no-nesterov off; \
---weight-decay 0.0005; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; --ema 0; --seed 0
+--weight-decay 0.0005; --bias-lr 1; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; \
+--ema 0; --seed 0
 augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
---trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0
+--trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0; --small-epochs 0
 """ + HARDWARE + "; --workers 0; --compile/--no-compile on for CUDA; --deterministic/--no-deterministic off"),
     "evaluate": ("CHECKPOINT [flags]", f"output: --output-dir; {OUTPUT}{DATA}--limit-test all\n{HARDWARE}"),
     "predict": ("CHECKPOINT IMAGES... [flags]", f"output: --output -; --picture; {OUTPUT}{HARDWARE}")}
@@ -136,6 +137,7 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --momentum 0.9 --scheduler onecycle: --scheduler onecycle leave out --momentum
     --warmup-epochs 1 --scheduler onecycle: onecycle leave out --warmup-epochs
     --warmup-epochs 200: --warmup-epochs (200) --epochs (200) try --warmup-epochs 20
+    --epochs 9 --small-epochs 9: --small-epochs (9) must be less than --epochs (9)
     --resume auto --warmup-epochs 200: * try --warmup-epochs 20
     """.replace("\n", "|").strip("| ").split("|")])
 def test_mistakes(command, words, refused, tmp_path, monkeypatch):
