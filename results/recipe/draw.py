@@ -9,12 +9,31 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import plots
 
-# Each idea, its runs, and the runs that it is compared with; seed 0 and, where there is a second one, seed 1.
+# Each idea, its run, and the run that it is compared with.
 IDEAS = {
-    "Muon instead of SGD": ("muon.05", "sgd"),
+    "Muon (lr 0.05) instead of SGD": ("muon.05", "sgd"),
+    "Muon with lr 0.1": ("muon.1", "muon.05"),
     "images of 24 pixels for half of the steps": ("small24", "muon.05"),
+    "images of 16 pixels instead": ("small16", "small24"),
+    "first convolution starts as whitening": ("whiten", "small24"),
+    "lr of batch norm's biases x 8": ("biaslr8", "small24"),
+    "x 64 instead": ("biaslr64", "biaslr8"),
+    "Muon with momentum 0.8 instead of 0.95": ("mom.8", "biaslr8"),
+    "linear instead of cosine decay": ("linear", "biaslr8"),
+    "images of 16 pixels, again": ("small16b", "biaslr8"),
+    "Muon with lr 0.03": ("muon.03", "biaslr8"),
+    "lr of the rest 0.2": ("lr.2", "biaslr8"),
+    "averages copied back, fast batch norm": ("lookahead", "biaslr8"),
+    "no decay of vectors": ("nodecay", "biaslr8"),
+    "alternating flip": ("altflip", "biaslr8"),
+    "zero-init": ("zeroinit", "biaslr8"),
+    "label smoothing 0.2 instead of 0.1": ("ls.2", "biaslr8"),
+    "batch 256, Muon with lr 0.07": ("batch256", "biaslr8"),
+    "cutout of 8 pixels": ("cutout8", "biaslr8"),
+    "the harder half of each batch": ("hard", "biaslr8"),
+    "nothing but another seed": ("biaslr8.s1", "biaslr8"),
 }
-KEPT = {"Muon instead of SGD", "images of 24 pixels for half of the steps"}
+KEPT = {"Muon (lr 0.05) instead of SGD", "images of 24 pixels for half of the steps", "lr of batch norm's biases x 8"}
 
 
 def main() -> None:
