@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import trivial_augment
 from hardware import memory_format
 from models import MEAN, STD
 
 SIZE = 32
+SMALL_SIZE = 24
 PADDING = 4
 
 
@@ -111,6 +113,12 @@ def to_input(images: Tensor, normalize: bool = True) -> Tensor:
     if normalize:
         inputs.sub_(mean).div_(std)
     return inputs
+
+
+def shrink(inputs: Tensor) -> Tensor:
+    """Resize (N, 3, 32, 32) images to (N, 3, 24, 24), averaging what a pixel covers, as PIL's bilinear filter does."""
+    small = F.interpolate(inputs, size=SMALL_SIZE, mode="bilinear", antialias=True)
+    return small.contiguous(memory_format=memory_format(inputs.device))
 
 
 @cache  # copying them to a GPU in every batch would synchronize

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distributed import World, is_restart, on_every_rank, on_main_rank
+from distributed import World, on_every_rank, on_main_rank
 from hardware import describe, get_rng_state, set_rng_state
 from optim import averaged_tensors, build_optimizer, build_scheduler
 from options import merge_saved, saved_args
@@ -50,9 +50,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        problem = f"is a folder; try {path / 'best.pt'}" if path.is_dir() else (
-            "not found; expected a file such as checkpoints/se-resnet/best.pt")
-        raise UserError(f"checkpoint {path} {problem}")
+        example = path / "best.pt" if path.is_dir() else "checkpoints/se-resnet/best.pt"
+        raise UserError(f"checkpoint file {path} not found; expected one such as {example}")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:  # torch.load does not compare the checksums
@@ -66,10 +65,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             checkpoint = {"model": checkpoint["net"], "args": {}}  # published code: always the default network
         if missing := [name for name in ("model", "args") if name not in checkpoint]:
             raise ValueError(f"it lacks {' and '.join(missing)}; expected these, or a plain state_dict")
-        for name in ("model", "ema"):
-            if name == "model" or checkpoint.get(name) is not None:
-                checkpoint[name] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value
-                                    for key, value in checkpoint[name].items()}
+        checkpoint["model"] = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value
+                               for key, value in checkpoint["model"].items()}
     except Exception as error:  # zipfile and torch raise a dozen types for damaged files
         text = str(error).strip()
         if refused := re.search(r"GLOBAL (\S+)", text):
@@ -110,7 +107,7 @@ class TrainState:
         self.parameters, self.weights = list(model.parameters()), averaged_tensors(model)
         self.ema_weights = averaged_tensors(self.ema_model) if self.ema_model else []
         self.optimizer = build_optimizer(args.optimizer, model, args.lr, args.momentum, args.nesterov,
-                                         args.weight_decay, precision)
+                                         args.weight_decay, precision, args.bias_lr)
         self.scheduler = build_scheduler(self.optimizer, args.scheduler, steps_per_epoch, args.epochs,
                                          args.warmup_epochs)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -233,8 +230,6 @@ class RunFolder:
         for path in paths:
             try:
                 checkpoint = load_checkpoint(path)
-                if "optimizer" not in checkpoint:
-                    raise UserError(f"{path} holds weights only and cannot be resumed; use --init-from")
             except UserError as error:
                 errors.append(str(error))
                 continue
@@ -278,7 +273,8 @@ def format_metrics(history: list[dict[str, Any]]) -> str:
 @on_every_rank
 def find_run(args: Namespace) -> RunFolder:
     """Find the run folder that `--output-dir` and `--resume` name."""
-    if is_restart():  # it continues what the ranks before it have saved, and with --overwrite must not remove it
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        # torchrun has started the ranks again: continue what they have saved, and do not remove it with --overwrite
         args.resume = args.resume or "auto"
     if args.resume in (None, "auto", "last"):
         return RunFolder(args.output_dir)
@@ -307,10 +303,7 @@ def print_if_finished(folder: RunFolder, checkpoint: dict[str, Any], args: Names
     file = folder.path / "results.json"
     if checkpoint["epoch"] < args.epochs or not file.exists():
         return False
-    try:
-        text = describe_results(json.loads(file.read_text()), folder.path)
-    except (ValueError, LookupError, TypeError):  # damaged, or of an older release: evaluate and write it again
-        return False
+    text = describe_results(json.loads(file.read_text()), folder.path)
     print_line(f"this run is finished: {file}\n{text}\nto train longer, start a new run with --init-from "
                f"{shlex.quote(str(folder.best))} --output-dir NEW")
     return True

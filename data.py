@@ -20,7 +20,7 @@ import cifar10
 import download
 import synthetic
 import trivial_augment
-from distributed import World
+from distributed import World, on_every_rank
 from hardware import count_cores, memory_format
 from process import STOP_SIGNALS
 from utils import UserError
@@ -56,9 +56,6 @@ def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool =
         if limit is None or count < limit:
             parts.append(synthetic.make_batch(name) if use_synthetic else cifar10.read_labeled(folder / name))
             count += len(parts[-1][1])
-    if limit is not None and count < limit:
-        raise UserError(f"{folder or '--synthetic'} has {count} images in {', '.join(files)}, fewer than the limit of "
-                        f"{limit}")
     images, targets = (torch.from_numpy(np.concatenate(arrays)[:limit]) for arrays in zip(*parts, strict=True))
     return Split(images, targets, list(synthetic.NAMES if use_synthetic else cifar10.CLASSES))
 
@@ -66,16 +63,14 @@ def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool =
 def hold_out(split: Split, val_size: int) -> tuple[Split, Split]:
     """Split a training set into training images and `val_size` validation images, balanced over the classes."""
     order = torch.from_numpy(np.random.default_rng(SPLIT_SEED).permutation(len(split.targets)))
-    chosen = []
+    is_val = torch.zeros(len(split.targets), dtype=torch.bool)
     for label in range(10):
         size = val_size // 10 + (label < val_size % 10)
         members = order[split.targets[order] == label]
         if len(members) <= size:
             raise UserError(f"--val-size ({val_size}) leaves no training images of class {split.classes[label]}, which "
                             f"has {len(members)}; choose a smaller value")
-        chosen.append(members[:size])
-    is_val = torch.zeros(len(split.targets), dtype=torch.bool)
-    is_val[torch.cat(chosen)] = True
+        is_val[members[:size]] = True
     return tuple(Split(split.images[rows], split.targets[rows], split.classes) for rows in (~is_val, is_val))
 
 
@@ -85,13 +80,10 @@ def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split
         train = load_split(args.data_dir, cifar10.TRAIN_FILES, args.synthetic, args.limit_train)
         test = load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
         train, val = hold_out(train, args.val_size) if args.val_size else (train, None)
-        if args.batch_size > len(train.targets):
-            raise UserError(f"--batch-size ({args.batch_size}) must be at most {len(train.targets)}, the number of "
-                            "training images")
         return train, val, test
     # the first rank of each machine goes ahead: it may have to download
-    first = world.run(lambda: read() if world.local_rank == 0 else None)
-    return world.run(lambda: first or read())
+    first = on_every_rank(lambda: read() if world.local_rank == 0 else None)()
+    return on_every_rank(lambda: first or read())()
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
@@ -138,16 +130,22 @@ class Loader:
         """Yield this rank's shard of the batches of an epoch, from any step on, on the device.
 
         Yields:
-            inputs (n, 3, 32, 32) float32 and targets (n,) int64; with MixUp or CutMix also targets_b (n,) of the
-            images mixed in and lam () float32, the weight of `targets`. n can be 0 in the last batch of several ranks.
+            inputs (n, 3, 32, 32) float32, or (n, 3, 24, 24) in the first `small_epochs`, and targets (n,) int64; with
+            MixUp or CutMix also targets_b (n,) of the images mixed in and lam () float32, the weight of `targets`. n
+            can be 0 in the last batch of several ranks.
         """
         positions = [self.positions(step) for step in range(first_step, len(self))]
         rows = torch.cat([torch.arange(0), *positions])  # none, for a run stopped after the last step of an epoch
         params = augment.random_params(len(self.targets), self.args.seed, epoch).rows(rows)
         batches = self.load(params, [len(batch) for batch in positions])
-        if not self.mixes:
-            yield from batches
-            return
+        if self.mixes:
+            batches = self.mix(batches, epoch, first_step)
+        for inputs, *others in batches:
+            yield augment.shrink(inputs) if epoch < self.args.small_epochs else inputs, *others
+
+    def mix(self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, first_step: int
+            ) -> Iterator[tuple[Tensor, ...]]:
+        """Mix the images of each batch; adds targets_b and lam."""
         mix = augment.random_mix_params(len(self), self.args.seed, epoch, self.args.mixup, self.args.cutmix)
         lam, boxes = mix.lam.to(self.device), mix.box.tolist()
         for step, (inputs, targets) in enumerate(batches, first_step):

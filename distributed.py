@@ -5,7 +5,7 @@ import functools
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -82,39 +82,32 @@ class World(NamedTuple):
             with _collective():
                 dist.broadcast(tensor, src=0, group=_gpu_group() if tensor.is_cuda else None)
 
-    def run(self, action: Callable[[], Any], only_main: bool = False) -> Any:
-        """Run an action on every rank, or on rank 0 alone, and wait; an error on one of them ends all.
-
-        The first rank that failed raises its UserError, RunError or OSError; the others exit without a message.
-
-        Returns:
-            The action's result: this rank's own, or with `only_main` rank 0's, on every rank.
-        """
-        result = error = None
-        if self.is_main or not only_main:
-            try:
-                result = action()
-            except (UserError, RunError, OSError) as caught:
-                error = caught
-        errors = self.gather(error)
-        failed = next((rank for rank, found in enumerate(errors) if found is not None), None)
-        if failed is not None:
-            error = errors[failed]
-            raise error if self.rank == failed else SystemExit(2 if isinstance(error, UserError) else 1)
-        if only_main and self.size > 1:
-            result = [result]
-            with _collective():
-                dist.broadcast_object_list(result, src=0)
-            result = result[0]
-        return result
-
 
 def on_every_rank(function: Callable, only_main: bool = False) -> Callable:
-    """Decorate a function that all ranks call together: an error on one of them ends all, see `World.run`."""
+    """Decorate a function that all ranks call together, and that ends all of them if it fails on one.
+
+    The first rank that failed raises its UserError, RunError or OSError; the others exit without a message.
+    """
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         world = World(dist.get_rank(), size=dist.get_world_size()) if dist.is_initialized() else World()
-        return world.run(lambda: function(*args, **kwargs), only_main)
+        result = error = None
+        if world.is_main or not only_main:
+            try:
+                result = function(*args, **kwargs)
+            except (UserError, RunError, OSError) as caught:
+                error = caught
+        errors = world.gather(error)
+        failed = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if failed is not None:
+            error = errors[failed]
+            raise error if world.rank == failed else SystemExit(2 if isinstance(error, UserError) else 1)
+        if only_main and world.size > 1:
+            results = [result]
+            with _collective():
+                dist.broadcast_object_list(results, src=0)
+            return results[0]
+        return result
     return call
 
 
@@ -147,11 +140,6 @@ def start() -> World:
     return World(rank, hosts[:rank].count(hosts[rank]), size, hosts.count(hosts[rank]))
 
 
-def is_restart() -> bool:
-    """Return whether torchrun has started the ranks again after one of them failed."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
 def stop() -> None:
     """Leave the other ranks, at the end of a run."""
     if dist.is_initialized():
@@ -159,13 +147,12 @@ def stop() -> None:
         _gpu_group.cache_clear()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+def sum_gradients(parameters: Sequence[nn.Parameter], world: World) -> None:
     """Sum the gradients over all ranks, in a single all-reduce.
 
     DistributedDataParallel averages, and needs a forward pass on every rank; in the last batch of an epoch a rank may
     have no image.
     """
-    parameters = list(parameters)
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

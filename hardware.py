@@ -85,12 +85,6 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def restore_threads(threads: int | None) -> None:
-    """Compute with as many CPU threads as an earlier process, since sums depend on them, if there are enough cores."""
-    if threads and threads <= count_cores():
-        torch.set_num_threads(threads)
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, shortened."""
     return f"{(str(error).strip().splitlines() or [''])[0]:.150}"

@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +14,11 @@ from options import OPTIMIZERS, USES_MOMENTUM
 
 
 def build_optimizer(name: str, model: nn.Module, lr: float, momentum: float, nesterov: bool, weight_decay: float,
-                    precision: str = "fp32") -> torch.optim.Optimizer:
+                    precision: str = "fp32", bias_lr: float = 1.0) -> torch.optim.Optimizer:
     """Build an optimizer, fused where torch has a fused form for the parameters' device."""
+    groups, parameters = group_parameters(name, model, lr, weight_decay, bias_lr), list(model.parameters())
     if name == "muon":
-        return Muon(model, lr, momentum, weight_decay, torch.bfloat16 if precision == "bf16" else torch.float32)
-    parameters = list(model.parameters())
+        return Muon(groups, momentum, torch.bfloat16 if precision == "bf16" else torch.float32)
     settings = {"lr": lr, "weight_decay": weight_decay}
     if name in USES_MOMENTUM:
         settings["momentum"] = momentum
@@ -25,15 +26,33 @@ def build_optimizer(name: str, model: nn.Module, lr: float, momentum: float, nes
         settings["nesterov"] = nesterov
     if name in ("sgd", "adam", "adamw"):  # one kernel over all parameters; with None, torch selects foreach if it can
         settings["fused"] = parameters[0].device.type in ("cuda", "cpu", "mps") or None
-    optimizer = getattr(torch.optim, OPTIMIZERS[name][0])(parameters, **settings)
+    optimizer = getattr(torch.optim, OPTIMIZERS[name][0])(groups, **settings)
     if name == "sgd" and momentum:  # torch's fused form leaves them unset if fp16 overflows in the first step
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
+def group_parameters(name: str, model: nn.Module, lr: float, weight_decay: float, bias_lr: float
+                     ) -> list[dict[str, Any]]:
+    """Group parameters by their settings.
+
+    The biases of batch norm have `bias_lr` times the learning rate, and as much less weight decay (arXiv 2404.00498).
+    With Muon, all convolutions without bias but the first have no decay, and the others have twice the learning rate.
+    """
+    modules, is_muon = list(model.modules()), name == "muon"
+    convolutions = [m.weight for m in modules if is_muon and isinstance(m, nn.Conv2d) and m.bias is None][1:]
+    biases = [m.bias for m in modules if bias_lr != 1 and isinstance(m, nn.BatchNorm2d)]
+    taken = {id(parameter) for parameter in (*convolutions, *biases)}
+    others, other_lr = [p for p in model.parameters() if id(p) not in taken], 2 * lr if is_muon else lr
+    groups = [{"params": convolutions, "lr": lr, "weight_decay": 0.0, "orthogonal": True},
+              {"params": others, "lr": other_lr, "weight_decay": weight_decay},
+              {"params": biases, "lr": bias_lr * other_lr, "weight_decay": weight_decay / bias_lr}]
+    return [group for group in groups if group["params"]]
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon for all convolutions without bias but the first; SGD with Nesterov momentum and twice the lr for the rest.
+    """Muon for the groups with `orthogonal`, which hold convolutions; SGD with Nesterov momentum for the others.
 
     The step of a convolution is its momentum, as a matrix (out_channels, in_channels * k * k), with all singular values
     brought close to 1 (Keller Jordan et al., Muon, 2024; arXiv 2502.16982). Batch norm after them makes the length of
@@ -44,17 +63,12 @@ class Muon(torch.optim.Optimizer):
     CPU without bfloat16 instructions.
     """
 
-    def __init__(self, model: nn.Module, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype):
-        convolutions = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None][1:]
-        taken = {id(weight) for weight in convolutions}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-        groups = [{"params": convolutions, "weight_decay": 0.0, "orthogonal": True},
-                  {"params": others, "lr": 2 * lr, "orthogonal": False}]
-        super().__init__([group for group in groups if group["params"]],
-                         {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype):
+        super().__init__(groups, {"momentum": momentum, "orthogonal": False})
         self.dtype = dtype  # of the products of matrices
-        for parameter in model.parameters():
-            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self) -> None:

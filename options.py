@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         given = vars(self.parse_args(self.expand(sys.argv[1:] if argv is None else argv)))
         return Namespace(**{**self.defaults, **given}), given
 
-    def expand(self, argv: Sequence[str], folder: Path = Path(), depth: int = 0) -> list[str]:
+    def expand(self, argv: Sequence[str], folder: Path = Path()) -> list[str]:
         """Replace each `@FILE`, relative to `folder` or to the program, by the flags in it, and each `~`."""
         found = []
         for word in argv:
@@ -82,10 +82,8 @@ class Parser(argparse.ArgumentParser):
             name, own = os.path.expanduser(word[1:]), Path(__file__).parent
             path = own / name if os.path.exists(own / name) and not os.path.exists(folder / name) else folder / name
             try:
-                if depth == 10:
-                    raise ValueError("it includes itself, or files are nested too deeply")
                 words = shlex.split(path.read_text(encoding="utf-8-sig"), comments=True)
-                found += self.expand(words, path.parent, depth + 1)
+                found += self.expand(words, path.parent)
             except (OSError, ValueError) as error:
                 self.error(f"{word} is not an argument file ({path}: {getattr(error, 'strerror', None) or error}); the "
                            "recipes are @recipes/paper.txt and the other files there")
@@ -172,6 +170,8 @@ def build_parser() -> Parser:
     flag("--mixup", 0.0, "MixUp: blend pairs of images with weights from Beta(N, N); 0 is off", type=number)
     flag("--cutmix", 0.0, "CutMix: paste boxes between pairs of images, with areas from Beta(N, N); 0 is off; "
          "with --mixup, each batch uses one of the two", type=number)
+    flag("--small-epochs", 0, "epochs at the start with images of 24x24 pixels, which need 0.56 of the computation "
+         "(progressive resizing, arXiv 2104.00298)", type=at_least(0))
     add_hardware_flags(parser)
     return parser
 
@@ -187,6 +187,8 @@ def add_optimization_flags(parser: Parser) -> None:
     flag("--momentum", 0.9, f"momentum of {', '.join(USES_MOMENTUM)}", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")
     flag("--weight-decay", 5e-4, "weight decay of all parameters; for muon, not of convolutions", type=number)
+    flag("--bias-lr", 1.0, "learning rate of the biases of batch norm, as a multiple of the others' (arXiv 2404.00498)",
+         type=at_least(1, float))
     flag("--scheduler", "cosine", "cosine, onecycle (also cycles the momentum) or constant", choices=SCHEDULERS)
     flag("--warmup-epochs", 0.0, "epochs of linear warm-up before the schedule", type=number)
     flag("--grad-clip", 0.1, "clip gradients to this absolute value; 0 is off", type=number)
@@ -217,27 +219,35 @@ def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str
         refuse("--nesterov needs --optimizer sgd with a --momentum above 0")
     if "momentum" in given and args.optimizer not in USES_MOMENTUM:
         refuse(f"--momentum is for {', '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
-    if "momentum" in given and args.scheduler == "onecycle":
-        refuse("--scheduler onecycle cycles the momentum between 0.85 and 0.95; leave out --momentum")
-    if args.warmup_epochs and args.scheduler == "onecycle":
-        refuse("--scheduler onecycle has its own warm-up; leave out --warmup-epochs")
+    if args.scheduler == "onecycle" and ("momentum" in given or args.warmup_epochs):
+        refuse("--scheduler onecycle sets momentum and warm-up itself; leave out --momentum and --warmup-epochs")
     if args.warmup_epochs >= args.epochs:
         refuse(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
                f"--warmup-epochs {args.epochs / 10:g}")
+    if args.small_epochs >= args.epochs:
+        refuse(f"--small-epochs ({args.small_epochs}) must be less than --epochs ({args.epochs}): the last ones need "
+               "images of full size")
 
 
 def build_model(args: Namespace):
-    """Build the network of the model flags."""
-    import models  # and torch
+    """Build the network of the model flags, if it has at most `--max-params` parameters."""
+    import torch
+
+    import models
 
     if args.optimizer == "muon" and args.block == "preact":  # here, since --init-from may bring the block
         raise UserError("--optimizer muon fixes the length of weights, which --block preact needs; use another "
                         "optimizer, or --block basic")
     try:
-        return models.build_model(**model_args(vars(args)), max_params=args.max_params)
+        with torch.device("meta"):  # without memory, so that a typo does not fill the machine
+            count = models.count_parameters(models.SEResNet(**model_args(vars(args))))
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond torch's integers
-        names = rf"\b({'|'.join((*MODEL_FLAGS, 'max_params'))})(?= \(| has|$)"  # its arguments' names
+        names = rf"\b({'|'.join(MODEL_FLAGS)})(?= \(| has|$)"  # its arguments' names
         raise UserError(re.sub(names, lambda match: flag_of(match[1]), str(error))) from error
+    if args.max_params and count > args.max_params:
+        raise UserError(f"the network has {count:,} parameters, above --max-params ({args.max_params:,}); make it "
+                        "smaller, or raise the limit (0 is none)")
+    return models.SEResNet(**model_args(vars(args)))
 
 
 def model_args(values: dict[str, Any]) -> dict[str, Any]:
@@ -263,8 +273,7 @@ def merge_saved(args: Namespace, given: dict[str, Any], saved: dict[str, Any], r
     for name, value in given.items():
         if name in fixed and value != saved[name]:
             raise UserError(f"{flag_of(name)} {typed(value)} differs from the checkpoint's {typed(saved[name])}; leave "
-                            "it out" + ("; for other settings or longer training start a new run with --init-from"
-                                        if resumes else ", --init-from takes the network from the checkpoint"))
+                            "it out (--resume keeps all settings; --init-from starts a new run of the same network)")
     taken = [name for name in saved if name in fixed or resumes and name not in given]
     return Namespace(**{**vars(args), **{name: saved[name] for name in taken}})
 

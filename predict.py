@@ -6,11 +6,11 @@ if __name__ == "__main__":
     set_up_process()  # before torch is imported, which takes seconds
 
 import csv
+import io
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import plots
 from augment import SIZE
 from evaluate import TTA_HELP, load_checkpoint_model, predict_logits, progress
 from models import Normalized
-from utils import UserError, check_output, plural, print_line, warn, write_text
+from utils import UserError, check_output, plural, print_line, reason, warn, write_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -40,28 +40,14 @@ def read_image(path: str | Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large photos and of metadata
             with Image.open(path, formats=("PNG", "JPEG")) as image:
-                scale_color_key(image)
                 if image.mode.startswith("I"):  # 16-bit gray, which convert would clip at 255
-                    gray = np.asarray(image)
-                    gray = np.where(gray == image.info.get("transparency", -1), 65535, gray)
-                    image = Image.fromarray((gray >> 8).astype(np.uint8))
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = ImageOps.exif_transpose(image)  # phones store photos sideways, with the rotation as a tag
                 if image.mode.endswith("A") or "transparency" in image.info:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 return np.array(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{path} is not a readable PNG or JPEG image ({getattr(error, 'strerror', None) or error})"
-                        ) from error
-
-
-def scale_color_key(image: Image.Image) -> None:
-    """Bring the color that a PNG declares transparent to 8 bits, as Pillow does with the pixels but not with it."""
-    if (key := image.info.get("transparency")) is not None:
-        raw_mode = image.tile[0][3]
-        if raw_mode in ("L;2", "L;4"):
-            image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
-        elif raw_mode == "RGB;16B":
-            image.info["transparency"] = tuple(value >> 8 for value in key)
+        raise UserError(f"{path} is not a readable PNG or JPEG image ({reason(error)})") from error
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -165,15 +151,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         columns = ("path", *names), ("class", *predictions), ("probability", *(f"{p:.4f}" for p in probabilities))
     else:
         columns = ("ID", *names), ("Labels", *labels)
-    rows = []  # that end with "\r\n", since with "\n" csv would not quote a "\r" in a name
-    csv.writer(SimpleNamespace(write=rows.append)).writerows(zip(*columns, strict=True))
-    content = "".join(row.removesuffix("\r\n") + "\n" for row in rows)
+    rows = io.StringIO()
+    csv.writer(rows, lineterminator="\n").writerows(zip(*columns, strict=True))
     if args.output == "-":
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook, and not if stdout is closed
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # like the file: names may be any bytes
-        print_line(content.rstrip("\n"), must_succeed=True)
+        print_line(rows.getvalue().rstrip("\n"), must_succeed=True)
     else:
-        write_text(args.output, content)
+        write_text(args.output, rows.getvalue())
         print_line(f"{plural(len(names), 'label')} in {args.output}", sys.stderr)  # stdout may be the output
     if args.picture:
         captions = [Path(name).name if files else f"ID {name}" for name in names]

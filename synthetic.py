@@ -56,17 +56,12 @@ def draw(name: str, rng: np.random.Generator) -> np.ndarray:
     return (255 * image.clip(0, 1)).astype(np.uint8)
 
 
-def make_images(count: int, seed: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a balanced, shuffled set, the same for the same arguments; `index` is the file's position in `FILES`.
+def make_batch(name: str, count: int = IMAGES_PER_FILE) -> tuple[np.ndarray, np.ndarray]:
+    """Draw what `cifar10.read_labeled` would read from the batch file of this name, balanced and shuffled.
 
     Returns:
         Images (count, 32, 32, 3) uint8 and labels (count,) int64.
     """
-    rng = np.random.default_rng([seed, index])
+    rng = np.random.default_rng([0, FILES.index(name)])
     labels = rng.permutation(np.arange(count) % len(NAMES))
     return np.stack([draw(NAMES[label], rng) for label in labels]), labels
-
-
-def make_batch(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Draw what `cifar10.read_labeled` would read from the batch file of this name."""
-    return make_images(IMAGES_PER_FILE, 0, FILES.index(name))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import augment
 import data
 import distributed
 import evaluate
@@ -116,9 +117,10 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
 
 @on_every_rank
 def select_hardware(args: Namespace, world: World, checkpoint: dict[str, Any] | None) -> tuple[torch.device, str]:
-    """Select device, precision and algorithms, and the number of threads that a resumed run has had."""
-    if checkpoint is not None:
-        hardware.restore_threads(checkpoint["environment"]["threads"])
+    """Select device, precision and algorithms, and the number of CPU threads that a resumed run has had."""
+    threads = checkpoint and checkpoint["environment"]["threads"]
+    if threads and threads <= hardware.count_cores():  # the order of sums depends on it
+        torch.set_num_threads(threads)
     device = hardware.select_device(args.device, world.local_rank)
     hardware.set_up_backend(device, args.deterministic)
     return device, hardware.select_precision(args.precision, device)
@@ -205,14 +207,17 @@ def build_forward(args: Namespace, model: nn.Module, device: torch.device, preci
 def compile_forward(run: Run, state: TrainState) -> None:
     """Compile the forward function for full batches, and try it on zeros; the state is left as it was."""
     size = len(run.loader.shard(0))
-    inputs = torch.zeros(size, 3, 32, 32, device=run.device)
+    inputs = torch.zeros(size, 3, augment.SIZE, augment.SIZE, device=run.device)
     inputs = inputs.contiguous(memory_format=hardware.memory_format(run.device))
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
     # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
     buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.get_rng_state(run.device)
-    run.compiled_forward = hardware.compile_or_warn(
-        run.forward, run.device, lambda compiled: forward_backward(state, compiled, size, inputs, targets, *mix))
+
+    def probe(compiled: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        for images in [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]:
+            forward_backward(state, compiled, size, images, targets, *mix)
+    run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, probe)
     state.optimizer.zero_grad(set_to_none=True)
     state.totals.zero_()
     hardware.set_rng_state(rng_state, run.device)
@@ -247,11 +252,14 @@ def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
 
 
 def seconds_left(run: Run, state: TrainState, count: int) -> float:
-    """Estimate the time to the end of the run: every epoch at the pace of this one, and an evaluation."""
+    """Estimate the time to the end of the run, from the pace of this epoch and the last evaluation."""
     size, row = len(run.loader.targets), state.history[-1] if state.history else None
-    # as a fraction of the epoch's training; at first, since a forward pass takes a third of a step, from the sizes
-    evaluation = row["seconds"] * row["images_per_second"] / size - 1 if row else len(run.eval_split.targets) / size / 3
-    return ((run.args.epochs - state.epoch) * (1 + evaluation) - count / size) * state.seconds * size / count
+    cost = [(augment.SMALL_SIZE / augment.SIZE)**2 if epoch < run.args.small_epochs else 1.0
+            for epoch in range(state.epoch, run.args.epochs)]  # of an image of this and the later epochs
+    pace = state.seconds / count / cost[0]  # of a full-size image
+    # at first from the sizes, since a forward pass takes a third of a step
+    evaluation = row["seconds"] - size / row["images_per_second"] if row else len(run.eval_split.targets) / 3 * pace
+    return (sum(cost) * size - cost[0] * count) * pace + len(cost) * evaluation
 
 
 def train_metrics(run: Run, state: TrainState, count: int) -> tuple[float, float]:

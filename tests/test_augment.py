@@ -26,6 +26,17 @@ def test_random_params_have_the_published_distributions():
     assert abs(params.flip.float().mean() - 0.5) < 0.01
 
 
+def test_shrink_averages_what_a_pixel_covers():
+    """Each of the 24 rows is a weighted mean of the rows near its center, with weights that fall linearly to 0."""
+    centers, rows = (np.arange(24) + 0.5) * 32 / 24, np.arange(32) + 0.5
+    weights = np.maximum(0, 1 - np.abs(rows - centers[:, None]) * 24 / 32)
+    weights /= weights.sum(1, keepdims=True)
+    inputs = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    small = augment.shrink(torch.from_numpy(inputs))
+    np.testing.assert_allclose(small, weights @ inputs @ weights.T, rtol=1e-4, atol=1e-5)
+    assert small.is_contiguous(memory_format=torch.channels_last)
+
+
 # --- MixUp and CutMix ------------------------------------------------------------------------------------------------
 
 

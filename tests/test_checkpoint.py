@@ -227,7 +227,6 @@ WRONG = {
                        "without pickle_protocol"),
     "old format": (lambda path, _: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
                    "by torch before 1.6"),
-    "plain weights": (lambda path, _: torch.save(torch.load(path)["model"], path), "holds weights only"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "does not fit 4 steps an epoch; has the training set changed?"),
     "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is missing there"),
@@ -254,15 +253,6 @@ def test_initial_weights_that_are_not_finite_replace_no_run(run, refused, unbrok
     error = refused(run, "--overwrite", "--init-from", str(tmp_path / "weights.pt"))
     assert "weights.pt holds weights that are not finite" in error
     assert runs.difference(runs.read(tmp_path / "run"), before) is None
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}"])
-def test_a_finished_run_with_a_damaged_results_json_writes_it_again(content, run, unbroken, tmp_path):
-    shutil.copytree(unbroken, tmp_path / "run")
-    results = tmp_path / "run" / "results.json"
-    before = json.loads(results.read_text())
-    results.write_text(content)
-    assert run("--resume") == 0 and json.loads(results.read_text()) == before
 
 
 def test_flipped_and_cut_bytes_are_found_or_do_no_harm(unbroken, tmp_path):

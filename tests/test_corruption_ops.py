@@ -8,7 +8,7 @@ import plain_corruptions
 import pytest
 import torch
 
-from synthetic import make_images
+from synthetic import make_batch
 from tools import corruption_ops as ops
 
 ALL = list(ops.CORRUPTIONS)
@@ -20,7 +20,7 @@ NOT_RANDOM = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate",
 def images():
     """Make noise, a generated image, gray with a spot, and colors with black and white; (4, 32, 32, 3)."""
     images = np.random.default_rng(5).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    images[1] = make_images(1, 3, 0)[0][0]
+    images[1] = make_batch("test_batch", 1)[0][0]
     images[2] = 119
     images[2, 8:12, 20:23] = (250, 30, 40)
     images[3] = np.linspace(0, 255, 32).astype(np.uint8)[:, None]

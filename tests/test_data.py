@@ -21,7 +21,7 @@ from distributed import World
 from utils import UserError
 
 FLAGS = ("--augment", "--normalize", "--trivial-augment")
-ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1"]
+ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1", "--small-epochs", "3"]
 
 
 @pytest.fixture
@@ -59,15 +59,13 @@ def test_validation_images_are_balanced_and_the_same_for_all_seeds(folder):
     assert torch.equal(splits[1][1].images, val.images) and len(test.targets) == 20
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--val-size", "100"], r"--val-size \(100\) leaves no training images of class airplane, which has 10"),
-    (["--val-size", "30", "--batch-size", "71"], r"--batch-size \(71\) must be at most 70"),
-    (["--limit-train", "7", "--batch-size", "8"], r"--batch-size \(8\) must be at most 7"),
-    (["--limit-train", "101"], "has 100 images in data_batch_1.*fewer than the limit of 101"),
-])
-def test_impossible_sizes_are_refused(folder, flags, message):
-    with pytest.raises(UserError, match=message):
-        data.load_data(options.parse_args(["--data-dir", str(folder), *flags])[0], World())
+def test_an_impossible_validation_set_is_refused_and_other_sizes_end_with_the_data(folder):
+    def load(*flags: str) -> tuple[data.Split, ...]:
+        return data.load_data(options.parse_args(["--data-dir", str(folder), *flags])[0], World())
+    with pytest.raises(UserError, match=r"--val-size \(100\) leaves no training images of class airplane"):
+        load("--val-size", "100")
+    train, _, test = load("--limit-train", "101", "--limit-test", "99")
+    assert (len(train.targets), len(test.targets)) == (100, 20)
 
 
 # --- loaders ---------------------------------------------------------------------------------------------------------
@@ -87,7 +85,8 @@ def assert_same_batches(found, expected):
         assert len(batch) == len(wanted) and all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
 
 
-@pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"]])
+@pytest.mark.parametrize("mixes", [
+    [], ["--mixup", "0.4"], ["--cutmix", "1"], ["--mixup", "0.4", "--cutmix", "1"], ["--small-epochs", "3"]])
 def test_both_loaders_yield_the_same_for_every_combination_of_flags(mixes):
     """One of them calls torchvision for each image; the 70 images have every offset of a crop at both sides."""
     split = make_split()
@@ -97,6 +96,17 @@ def test_both_loaders_yield_the_same_for_every_combination_of_flags(mixes):
         assert [len(batch[1]) for batch in expected] == [16, 16, 16, 16, 6]
         assert all(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in expected)
         assert_same_batches(batches_of(data.WorkersLoader(split, args, "cpu", workers=0)), expected)
+
+
+@pytest.mark.parametrize("mixes", [[], ["--mixup", "0.4", "--cutmix", "1"]])
+def test_the_first_small_epochs_shrink_the_same_batches(mixes):
+    full, small = (data.DeviceLoader(make_split(), parse(*mixes, *flags), "cpu")
+                   for flags in ([], ["--small-epochs", "2"]))
+    for epoch in range(3):
+        expected = batches_of(full, epoch, 1)
+        if epoch < 2:
+            expected = [[augment.shrink(inputs), *others] for inputs, *others in expected]
+        assert_same_batches(batches_of(small, epoch, 1), expected)
 
 
 def test_batches_are_mixed_with_the_image_before():
@@ -113,7 +123,7 @@ def test_batches_are_mixed_with_the_image_before():
 @pytest.mark.parametrize("count", [11, 12, 13])
 def test_ranks_share_each_batch_without_padding(count, ranks):
     split = make_split(count)
-    for batch_size, loader in itertools.product((1, ranks - 1, ranks, ranks + 1, count - 1, count),
+    for batch_size, loader in itertools.product((1, ranks - 1, ranks, ranks + 1, count - 1, count, count + 1),
                                                 (data.DeviceLoader, data.WorkersLoader)):
         more = {"workers": 0} if loader is data.WorkersLoader else {}
         args = parse(*ALL, batch_size=batch_size)

@@ -250,7 +250,6 @@ def spoil_statistics(rank: int) -> None:
     (print, print, ["--lr", "x"], [2, 2], "argument --lr: invalid float value: 'x'"),
     (print, print, ["--max-params", "9"], [2, 2], r"the network has .* above --max-params \(9\)"),
     (print, print, ["--resume", "nowhere"], [2, 2], "--resume nowhere: not a run folder"),
-    (print, print, ["--batch-size", "34"], [2, 2], r"--batch-size \(34\) must be at most 33"),
 ])
 def test_an_error_ends_all_ranks_with_one_line(flags, tmp_path, break_files, prepare, mistake, statuses, line):
     break_files(write_data(tmp_path, 33))

@@ -124,7 +124,7 @@ def test_both_checkpoints_of_a_run_have_the_scores_of_its_metrics(run, scores, t
 @pytest.mark.parametrize(("prefix", "numpy"), [("module.", b"numpy.core."), ("", b"numpy._core.")])  # 1 and 2
 def test_a_published_checkpoint(prefix, numpy, run_evaluate, scores, refused, test_set, tmp_path):
     torch.manual_seed(3)
-    model = models.build_model().eval()
+    model = models.SEResNet().eval()
     path = tmp_path / "ckpt.pth"
     config = {"num_blocks": [4, 4, 3], "channels": None, "lr": np.float64(0.1), "total_params": np.int64(5342)}
     torch.save({"net": {prefix + name: value for name, value in model.state_dict().items()}, "acc": 93.21,
@@ -166,7 +166,8 @@ def test_pictures(run_evaluate, scores, refused, tmp_path, monkeypatch, capsys):
                                           ({"num_blocks": None}, "does not describe a network")])
 def test_a_checkpoint_that_claims_another_network_than_it_holds(run_evaluate, refused, trained, tmp_path, args, reason):
     assert "other.pt not found; expected" in refused(run_evaluate, checkpoint=tmp_path / "other.pt")
-    assert f"{tmp_path} is a folder; try {tmp_path / 'best.pt'}" in refused(run_evaluate, checkpoint=tmp_path)
+    message = refused(run_evaluate, checkpoint=tmp_path)
+    assert f"{tmp_path} not found; expected one such as {tmp_path / 'best.pt'}" in message
     checkpoint = torch.load(trained)
     checkpoint["args"].update(args)
     torch.save(checkpoint, tmp_path / "other.pt")

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import train
-from models import build_model, count_parameters
+from models import SEResNet, count_parameters
+from models.se_resnet import SEBlock
 
 TABLE = Path(__file__).parent / "figure2.tsv"
 
@@ -17,11 +18,11 @@ TABLE = Path(__file__).parent / "figure2.tsv"
 @pytest.mark.parametrize(("arguments", "count"), [
     ({}, 4_697_742), ({"se": "none"}, 4_697_162), ({"se": "block"}, 4_733_610), ({"block": "preact"}, 4_696_974),
     ({"num_blocks": (2, 2, 2, 2), "channels": 32}, 2_797_772),
-    ({"num_blocks": (1, 1, 1), "channels": 160, "max_params": 0}, 7_649_620),
+    ({"num_blocks": (1, 1, 1), "channels": 160}, 7_649_620),
     ({"num_blocks": (1,) * 5, "channels": 8, "se_reduction": 8}, 308_811),
     ({"kernel_sizes": (5, 3, 1), "shortcut_kernel_sizes": (1, 3, 5)}, 3_190_414)])  # one for each stage
 def test_parameter_counts(arguments, count):
-    assert count_parameters(build_model(**arguments)) == count
+    assert count_parameters(SEResNet(**arguments)) == count
 
 
 def test_summary_equals_the_published_table(capsys):
@@ -39,12 +40,12 @@ def test_summary_equals_the_published_table(capsys):
 
 
 def test_dropout_after_each_block_and_before_the_linear_layer():
-    rates = [module.p for module in build_model(dropout=0.2).modules() if isinstance(module, nn.Dropout)]
+    rates = [module.p for module in SEResNet(dropout=0.2).modules() if isinstance(module, nn.Dropout)]
     assert rates == [0.2] * (4 + 4 + 3 + 1)
 
 
-def squeeze_and_excite(se: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
-    if se is None:
+def squeeze_and_excite(se: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if not isinstance(se, SEBlock):
         return x
     (w1, b1), (w2, b2) = ((conv.weight[:, :, 0, 0], conv.bias) for conv in (se.conv1, se.conv2))
     gate = torch.sigmoid(torch.relu(x.mean((2, 3)) @ w1.T + b1) @ w2.T + b2)
@@ -68,14 +69,14 @@ def preact_by_hand(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("block", "by_hand"), [("basic", basic_by_hand), ("preact", preact_by_hand)])
 def test_forward_by_hand(block, by_hand, se):
     torch.manual_seed(0)
-    model, x = build_model((1, 2), 8, block=block, se=se, se_reduction=2), torch.randn(3, 3, 32, 32)
+    model, x = SEResNet((1, 2), 8, block=block, se=se, se_reduction=2), torch.randn(3, 3, 32, 32)
     model(x)  # moves the statistics of batch norm away from 0 and 1
     model.eval()
-    assert (model.seblock is None) == (se != "stem")
+    assert isinstance(model.seblock, SEBlock) == (se == "stem")
     out = F.conv2d(x, model.conv1.weight, padding=1)
     out = squeeze_and_excite(model.seblock, torch.relu(model.bn1(out)) if block == "basic" else out)
     for residual_block in (*model.residual_layers[0], *model.residual_layers[1]):
-        assert (residual_block.seblock is None) == (se != "block")
+        assert isinstance(residual_block.seblock, SEBlock) == (se == "block")
         out = by_hand(residual_block, out)
     out = out if block == "basic" else torch.relu(model.bn_last(out))
     torch.testing.assert_close(model(x), model.linear(out.mean((2, 3))))

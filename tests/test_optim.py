@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import train
-from models import build_model
+from models import SEResNet
 from optim import build_optimizer, build_scheduler, schedule_lrs
 from options import OPTIMIZERS, USES_MOMENTUM
 
@@ -37,7 +37,7 @@ def test_every_optimizer_moves_at_its_default_lr_is_fused_where_it_can_be_and_ta
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_is_torch_s_for_the_convolutions_but_the_first_and_sgd_for_the_rest(precision):
     torch.manual_seed(0)
-    model = build_model((1, 2), 16, se="block", se_reduction=4).to(memory_format=torch.channels_last)
+    model = SEResNet((1, 2), 16, se="block", se_reduction=4).to(memory_format=torch.channels_last)
     names = [name for name, p in model.named_parameters() if name.startswith("residual_layers") and p.ndim == 4
              and "seblock" not in name]
     assert len(names) == 7 and {p.shape[2:] for p in map(model.get_parameter, names)} == {(3, 3), (1, 1)}
@@ -62,6 +62,26 @@ def test_muon_is_torch_s_for_the_convolutions_but_the_first_and_sgd_for_the_rest
             error = model.get_parameter(name).flatten(1) - matrix
             assert error.norm() < 0.04 * (matrix - before[name]).norm(), name
             matrix.data.copy_(model.get_parameter(name).flatten(1))
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_bias_lr_is_for_the_biases_of_batch_norm(name):
+    """Plain SGD with one learning rate and decay for each parameter."""
+    torch.manual_seed(0)
+    model = SEResNet((1, 2), 16, se="block", se_reduction=4)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    biases = {f"{name}.bias" for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    optimizer = build_optimizer(name, model, 0.1, 0.0, False, 0.5, bias_lr=8)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape)
+    optimizer.step()
+    for key, p in model.named_parameters():
+        is_muon = name == "muon" and p.ndim == 4 and key.startswith("residual_layers") and "seblock" not in key
+        lr, decay = (0.2 if name == "muon" else 0.1), 0.5
+        lr, decay = (8 * lr, decay / 8) if key in biases else (lr, decay)
+        if not is_muon:
+            torch.testing.assert_close(p, expected[key] - lr * (p.grad + decay * expected[key]), msg=key)
+    assert len(biases) == 8
 
 
 @pytest.mark.filterwarnings("error")

@@ -29,9 +29,10 @@ model: --num-blocks 4 4 3; --channels 64; --kernel-sizes 3; --shortcut-kernel-si
 --se stem; --se-reduction 16; --max-params 5000000
 optimization: --epochs 200; --batch-size 128; --optimizer sgd; --lr 0.1 for sgd, 0.001 for adam, 0.001 for adamw, \
 0.0001 for rmsprop, 0.01 for adagrad, 1 for adadelta, 0.05 for muon; --momentum 0.9; --nesterov/--no-nesterov off; \
---weight-decay 0.0005; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; --ema 0; --seed 0
+--weight-decay 0.0005; --bias-lr 1; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; \
+--ema 0; --seed 0
 augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
---trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0
+--trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0; --small-epochs 0
 """ + HARDWARE + "; --workers 0; --compile/--no-compile on for CUDA; --deterministic/--no-deterministic off"),
     "evaluate": ("CHECKPOINT [flags]", f"output: --output-dir; {OUTPUT}{DATA}--limit-test all\n{HARDWARE}"),
     "predict": ("CHECKPOINT IMAGES... [flags]", f"output: --output -; --picture; {OUTPUT}{HARDWARE}")}
@@ -102,7 +103,6 @@ def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypat
     (b"\x80\x04\xff\x00", ["can't decode"]),
     (b"--output-dir bob's", ["quotation"]),
     (b"--epochs 2\n@nowhere.txt", ["@nowhere.txt", "No such file"]),
-    (b"@flags.txt", ["includes itself"]),
 ])
 def test_bad_argument_files(content, words, tmp_path, refused):
     path = tmp_path / "flags.txt"
@@ -128,7 +128,7 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --num-blocks 9 9 9: * 13,628,814 --max-params (5,000,000) raise the limit
     --channels 4: --channels (4) at least 8 | --kernel-sizes 4: --kernel-sizes (4) odd
     --kernel-sizes 3 3: --kernel-sizes has 2 values expected 1, or 3 like --num-blocks
-    --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 1: --dropout (1) below 1
+    --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 2: * dropout between 0 and 1, but got 2
     --se-reduction 100: --se-reduction (100) from 1 to 64 | --se-reduction 0: --se-reduction (0)
     --resume: no run in --resume auto
     --resume nowhere: nowhere not a run folder --init-from | --init-from nowhere.pt: * nowhere.pt not found expected
@@ -138,6 +138,7 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --momentum 0.9 --scheduler onecycle: --scheduler onecycle leave out --momentum
     --warmup-epochs 1 --scheduler onecycle: onecycle leave out --warmup-epochs
     --warmup-epochs 200: --warmup-epochs (200) --epochs (200) try --warmup-epochs 20
+    --epochs 9 --small-epochs 9: --small-epochs (9) must be less than --epochs (9)
     --resume auto --warmup-epochs 200: * try --warmup-epochs 20
     """.replace("\n", "|").strip("| ").split("|")])
 def test_mistakes(command, words, refused, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_the_file_is_the_one_that_was_measured():
 
 
 def test_its_logits_are_the_stored_ones():
-    images = torch.from_numpy(synthetic.make_images(10, 0, 0)[0][:3])
+    images = torch.from_numpy(synthetic.make_batch("test_batch", 10)[0][:3])
     with torch.no_grad():
         logits = load_checkpoint_model(FILE)[0](to_input(images))
     torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=0, atol=2e-3)

@@ -14,14 +14,14 @@ import synthetic
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_images_depend_on_seed_and_index_only():
-    images, labels = synthetic.make_images(100, seed=3, index=1)
+def test_images_depend_on_the_name_only():
+    images, labels = synthetic.make_batch("data_batch_1", 100)
     assert images.shape == (100, 32, 32, 3) and images.dtype == np.uint8 and images.flags.c_contiguous
     assert labels.shape == (100,) and labels.dtype == np.int64
-    again = synthetic.make_images(100, seed=3, index=1)
+    again = synthetic.make_batch("data_batch_1", 100)
     assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1])
-    for seed, index in ((4, 1), (3, 2), (1, 3)):
-        other, other_labels = synthetic.make_images(100, seed, index)
+    for name in ("test_batch", "data_batch_2", "data_batch_5"):
+        other, other_labels = synthetic.make_batch(name, 100)
         assert not np.array_equal(labels, other_labels)
         assert not (other == images).all(axis=(1, 2, 3)).any()
     batches = [synthetic.make_batch(name)[0] for name in ("test_batch", "data_batch_1")]
@@ -29,7 +29,7 @@ def test_images_depend_on_seed_and_index_only():
 
 
 def test_classes_are_balanced_and_shuffled():
-    labels = synthetic.make_images(1_003, seed=0, index=1)[1]
+    labels = synthetic.make_batch("data_batch_1", 1_003)[1]
     counts = np.bincount(labels, minlength=10)
     assert len(synthetic.NAMES) == 10 and counts.max() - counts.min() <= 1
     assert np.bincount(labels[:300], minlength=10).min() >= 10  # so that --limit-train keeps every class

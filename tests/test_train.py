@@ -47,7 +47,8 @@ CHOICES = {
 }
 FLAGS = {"warm-up": ["--scheduler", "cosine", "--warmup-epochs", "0.5"],
          "smoothing": ["--label-smoothing", "0.1", "--grad-clip", "0", "--block", "preact", "--se", "block"],
-         "mixing": ["--mixup", "0.2", "--cutmix", "1", "--trivial-augment", "--ema", "0.9"]}
+         "mixing": ["--mixup", "0.2", "--cutmix", "1", "--trivial-augment", "--ema", "0.9", "--small-epochs", "1",
+                    "--bias-lr", "4"]}
 
 
 def every_pair() -> list[dict[str, str]]:
@@ -149,7 +150,7 @@ class GraphLike:
     """Stands for a function compiled with CUDA graphs: the next call overwrites the results of this one."""
 
     def __init__(self, function, **_):
-        self.function, self.results, self.sizes = function, (), []
+        self.function, self.results, self.shapes = function, (), []
         self.parameters = [*inspect.getclosurevars(function).nonlocals["model"].parameters()]
 
     def __call__(self, inputs, targets, *mix):
@@ -157,12 +158,12 @@ class GraphLike:
         assert not mix or mix[0] is not targets  # compiled as the same tensor twice, it would ignore targets_b
         for result in self.results:
             result.detach().fill_(-1)
-        self.sizes.append(len(inputs))
+        self.shapes.append((len(inputs), inputs.shape[2]))
         self.results = self.function(inputs, targets, *mix)
         return self.results
 
 
-@pytest.mark.parametrize("flags", [[], ["--mixup", "0.2", "--ema", "0.9"]])
+@pytest.mark.parametrize("flags", [[], ["--mixup", "0.2", "--ema", "0.9"], ["--small-epochs", "1"]])
 def test_full_batches_run_compiled_and_trying_it_changes_nothing(flags, run, tmp_path, monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiled.append(GraphLike(*args)) or compiled[-1])
@@ -170,7 +171,9 @@ def test_full_batches_run_compiled_and_trying_it_changes_nothing(flags, run, tmp
     assert ", not compiled\n" in capsys.readouterr().out and not compiled
     assert run("--dropout", "0.3", *flags, "--compile") == 0
     assert ", compiled\n" in capsys.readouterr().out
-    assert compiled[0].sizes == [8] + 2 * [8, 8, 8]  # the first one is the trial; the batches of 6 run eagerly
+    small = [(8, 24)] if "--small-epochs" in flags else []
+    # first the trials; the batches of 6 run eagerly
+    assert compiled[0].shapes == [(8, 32), *small] + 3 * (small or [(8, 32)]) + 3 * [(8, 32)]
     runs.assert_same_run(tmp_path / "run", tmp_path / "eager")
 
 
@@ -296,6 +299,12 @@ def test_without_a_terminal_a_line_a_minute_tells_the_time_left(run, clock, caps
         "epoch 2/3, step 14 of 30, 7 min left", "epoch 2/3, step 26 of 30, 6 min left",
         "epoch 3/3, step 12 of 30, 3 min left", "epoch 3/3, step 24 of 30, 2 min left"]
 
+
+def test_small_images_count_less_in_the_time_left(run, clock, capsys):
+    runs.stop(run, "later", *STEPS, "--small-epochs", "1")
+    # a full-size step is expected to take 5 s / 0.5625
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if " left: " in line] == [
+        "epoch 1/3, step 12 of 30, 13 min left", "epoch 1/3, step 24 of 30, 12 min left"]
 
 def test_pictures_at_most_every_five_minutes_on_a_signal_and_at_the_end(run, clock, monkeypatch):
     drawn = []

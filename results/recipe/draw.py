@@ -1,0 +1,67 @@
+"""Draw ideas.png and print the table of docs/recipe.md, from runs.jsonl."""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import plots
+
+# Each idea, its run, and the run that it is compared with.
+IDEAS = {
+    "Muon (lr 0.05) instead of SGD": ("muon.05", "sgd"),
+    "Muon with lr 0.1": ("muon.1", "muon.05"),
+    "images of 24 pixels for half of the steps": ("small24", "muon.05"),
+    "images of 16 pixels instead": ("small16", "small24"),
+    "first convolution starts as whitening": ("whiten", "small24"),
+    "lr of batch norm's biases x 8": ("biaslr8", "small24"),
+    "x 64 instead": ("biaslr64", "biaslr8"),
+    "Muon with momentum 0.8 instead of 0.95": ("mom.8", "biaslr8"),
+    "linear instead of cosine decay": ("linear", "biaslr8"),
+    "images of 16 pixels, again": ("small16b", "biaslr8"),
+    "Muon with lr 0.03": ("muon.03", "biaslr8"),
+    "lr of the rest 0.2": ("lr.2", "biaslr8"),
+    "averages copied back, fast batch norm": ("lookahead", "biaslr8"),
+    "no decay of vectors": ("nodecay", "biaslr8"),
+    "alternating flip": ("altflip", "biaslr8"),
+    "zero-init": ("zeroinit", "biaslr8"),
+    "label smoothing 0.2 instead of 0.1": ("ls.2", "biaslr8"),
+    "batch 256, Muon with lr 0.07": ("batch256", "biaslr8"),
+    "cutout of 8 pixels": ("cutout8", "biaslr8"),
+    "the harder half of each batch": ("hard", "biaslr8"),
+    "nothing but another seed": ("biaslr8.s1", "biaslr8"),
+}
+KEPT = {"Muon (lr 0.05) instead of SGD", "images of 24 pixels for half of the steps", "lr of batch norm's biases x 8"}
+
+
+def main() -> None:
+    """Run the program."""
+    runs = {run["name"]: run for run in map(json.loads, (HERE / "runs.jsonl").read_text().splitlines())}
+    rows = []
+    for idea, (name, base) in IDEAS.items():
+        run = runs[name]
+        rows.append((idea, run["accuracy"] - runs[base]["accuracy"]))
+        print(f"| {idea} | {run['accuracy']:.2f}% | {rows[-1][1]:+.2f} | {'yes' if idea in KEPT else 'no'} |")
+    figure = plots.new_figure(9, 0.9 + 0.32 * len(rows))
+    axes = figure.subplots()
+    for place, (idea, gain) in enumerate(rows):
+        axes.barh(place, gain, color=plots.PALETTE[0] if idea in KEPT else "#b6bcc4", height=0.65)
+        axes.annotate(f"{gain:+.1f}", (gain, place), (4 if gain >= 0 else -4, 0), textcoords="offset points",
+                      va="center", ha="left" if gain >= 0 else "right", color=plots.INK, fontsize=9)
+    axes.set_yticks(range(len(rows)), [idea for idea, _ in rows], color=plots.INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.axvline(0, color=plots.MUTED, linewidth=1)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, colors=plots.MUTED)
+    axes.grid(axis="x", color=plots.GRID)
+    axes.set_axisbelow(True)
+    axes.set_title("Difference in held-out accuracy, in points, at equal compute (blue: kept)", loc="left",
+                   color=plots.INK, fontsize=11)
+    plots.save(figure, HERE / "ideas.png")
+
+
+if __name__ == "__main__":
+    main()
