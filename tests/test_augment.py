@@ -1,5 +1,6 @@
 """Random parameters, crop and flip, network input, MixUp and CutMix, each against a plain computation."""
 
+import numpy as np
 import pytest
 import torch
 from runs import make_split
