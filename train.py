@@ -205,19 +205,16 @@ def build_forward(args: Namespace, model: nn.Module, device: torch.device, preci
 
 
 def compile_forward(run: Run, state: TrainState) -> None:
-    """Compile the forward function for full batches, and try it on zeros; the state is left as it was."""
+    """Compile the forward function for full batches, and try it on black images; the state is left as it was."""
     size = len(run.loader.shard(0))
-    inputs = torch.zeros(size, 3, augment.SIZE, augment.SIZE, device=run.device)
-    inputs = inputs.contiguous(memory_format=hardware.memory_format(run.device))
+    inputs = augment.to_input(torch.zeros(size, augment.SIZE, augment.SIZE, 3, dtype=torch.uint8, device=run.device))
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
     # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
     buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.get_rng_state(run.device)
-
-    def probe(compiled: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        for images in [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]:
-            forward_backward(state, compiled, size, images, targets, *mix)
-    run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, probe)
+    sizes = [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]
+    run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, lambda compiled: [
+        forward_backward(state, compiled, size, images, targets, *mix) for images in sizes])
     state.optimizer.zero_grad(set_to_none=True)
     state.totals.zero_()
     hardware.set_rng_state(rng_state, run.device)
@@ -254,12 +251,11 @@ def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
 def seconds_left(run: Run, state: TrainState, count: int) -> float:
     """Estimate the time to the end of the run, from the pace of this epoch and the last evaluation."""
     size, row = len(run.loader.targets), state.history[-1] if state.history else None
-    cost = [(augment.SMALL_SIZE / augment.SIZE)**2 if epoch < run.args.small_epochs else 1.0
-            for epoch in range(state.epoch, run.args.epochs)]  # of an image of this and the later epochs
-    pace = state.seconds / count / cost[0]  # of a full-size image
-    # at first from the sizes, since a forward pass takes a third of a step
+    small = (augment.SMALL_SIZE / augment.SIZE)**2
+    costs = [small if epoch < run.args.small_epochs else 1.0 for epoch in range(state.epoch, run.args.epochs)]
+    pace = state.seconds / count / costs[0]  # of a full-size image; a forward pass takes a third of it
     evaluation = row["seconds"] - size / row["images_per_second"] if row else len(run.eval_split.targets) / 3 * pace
-    return (sum(cost) * size - cost[0] * count) * pace + len(cost) * evaluation
+    return (sum(costs) * size - costs[0] * count) * pace + len(costs) * evaluation
 
 
 def train_metrics(run: Run, state: TrainState, count: int) -> tuple[float, float]:
