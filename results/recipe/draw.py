@@ -36,21 +36,28 @@ IDEAS = {
 KEPT = {"Muon (lr 0.05) instead of SGD", "images of 24 pixels for half of the steps", "lr of batch norm's biases x 8"}
 
 
+def differences(runs: dict[str, dict], name: str, base: str) -> list[float]:
+    """Return the difference in accuracy for each seed that both have; a name without a suffix is seed 0."""
+    pairs = [(name + seed, base + seed) for seed in ("", ".s1", ".s2")]
+    return [runs[a]["accuracy"] - runs[b]["accuracy"] for a, b in pairs if a in runs and b in runs]
+
+
 def main() -> None:
     """Run the program."""
     runs = {run["name"]: run for run in map(json.loads, (HERE / "runs.jsonl").read_text().splitlines())}
-    rows = []
-    for idea, (name, base) in IDEAS.items():
-        run = runs[name]
-        rows.append((idea, run["accuracy"] - runs[base]["accuracy"]))
-        print(f"| {idea} | {run['accuracy']:.2f}% | {rows[-1][1]:+.2f} | {'yes' if idea in KEPT else 'no'} |")
-    figure = plots.new_figure(9, 0.9 + 0.32 * len(rows))
+    figure = plots.new_figure(9, 0.9 + 0.32 * len(IDEAS))
     axes = figure.subplots()
-    for place, (idea, gain) in enumerate(rows):
+    for place, (idea, (name, base)) in enumerate(IDEAS.items()):
+        found = differences(runs, name, base)
+        gain = sum(found) / len(found)
+        print(f"| {idea} | {', '.join(f'{each:+.1f}' for each in found)} | {gain:+.1f} |")
         axes.barh(place, gain, color=plots.PALETTE[0] if idea in KEPT else "#b6bcc4", height=0.65)
-        axes.annotate(f"{gain:+.1f}", (gain, place), (4 if gain >= 0 else -4, 0), textcoords="offset points",
+        if len(found) > 1:
+            axes.plot(found, [place] * len(found), ".", color=plots.INK, markersize=5)
+        end = max(gain, *found, 0) if gain >= 0 else min(gain, *found)
+        axes.annotate(f"{gain:+.1f}", (end, place), (5 if gain >= 0 else -5, 0), textcoords="offset points",
                       va="center", ha="left" if gain >= 0 else "right", color=plots.INK, fontsize=9)
-    axes.set_yticks(range(len(rows)), [idea for idea, _ in rows], color=plots.INK)
+    axes.set_yticks(range(len(IDEAS)), IDEAS, color=plots.INK)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.axvline(0, color=plots.MUTED, linewidth=1)
@@ -58,8 +65,8 @@ def main() -> None:
     axes.tick_params(length=0, colors=plots.MUTED)
     axes.grid(axis="x", color=plots.GRID)
     axes.set_axisbelow(True)
-    axes.set_title("Difference in held-out accuracy, in points, at equal compute (blue: kept)", loc="left",
-                   color=plots.INK, fontsize=11)
+    axes.set_title("Difference in held-out accuracy, in points, at equal compute\n(blue: kept; dots: single seeds)",
+                   loc="left", color=plots.INK, fontsize=11)
     plots.save(figure, HERE / "ideas.png")
 
 
