@@ -33,7 +33,8 @@ IDEAS = {
     "the harder half of each batch": ("hard", "biaslr8"),
     "nothing but another seed": ("biaslr8.s1", "biaslr8"),
 }
-KEPT = {"Muon (lr 0.05) instead of SGD", "images of 24 pixels for half of the steps", "lr of batch norm's biases x 8"}
+KEPT = {"Muon (lr 0.05) instead of SGD", "images of 24 pixels for half of the steps", "lr of batch norm's biases x 8",
+        "Muon with momentum 0.8 instead of 0.95"}
 
 
 def differences(runs: dict[str, dict], name: str, base: str) -> list[float]:
