@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def parse_args() -> argparse.Namespace:
-    """Parse the command line; the defaults are the SGD of recipes/fast.txt."""
+    """Parse the command line; the defaults are those of results/fast-sgd."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
     flag("name")
