@@ -181,7 +181,7 @@ def hang_and_stop() -> None:
 def test_a_worker_that_fails_ends_the_run_with_one_line(start, prepare, status, line):
     """One that hangs ignores SIGTERM, like every worker, and so would hang the exit of the program.
 
-    For a killed worker, torch has two messages: which one comes depends on whether it sees SIGCHLD or the dead worker first.
+    For a killed worker torch has two messages: it depends on whether it sees the signal or the dead process first.
     """
     child = start("--workers", "2", prepare=prepare)
     assert child.wait() == status
