@@ -18,6 +18,7 @@ from models import MEAN, STD
 
 SIZE = 32
 SMALL_SIZE = 24
+SMALL_COST = (SMALL_SIZE / SIZE)**2  # computation of a small image, relative to a full-size one
 PADDING = 4
 
 

@@ -1,7 +1,7 @@
 """Train the SE-ResNet on CIFAR-10 (`train.py --help`): main, train, train_one_epoch, train_step, then helpers."""
 
 import options
-from process import program, set_up_process
+from process import Signals, program, set_up_process
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     set_up_process()
@@ -35,7 +35,6 @@ from checkpoint import COLUMNS, RunFolder, TrainState, describe_results, find_ru
 from distributed import World, on_every_rank, on_main_rank
 from gradient_check import check_gradients
 from optim import schedule_lrs, update_ema
-from process import Signals
 from utils import RunError, duration, plural, print_line, reason, warn, write_text
 
 
@@ -212,9 +211,11 @@ def compile_forward(run: Run, state: TrainState) -> None:
     # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
     buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.get_rng_state(run.device)
-    sizes = [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]
-    run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, lambda compiled: [
-        forward_backward(state, compiled, size, images, targets, *mix) for images in sizes])
+
+    def probe(compiled: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        for images in [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]:
+            forward_backward(state, compiled, size, images, targets, *mix)
+    run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, probe)
     state.optimizer.zero_grad(set_to_none=True)
     state.totals.zero_()
     hardware.set_rng_state(rng_state, run.device)
@@ -251,8 +252,7 @@ def log_progress(run: Run, state: TrainState, bar: tqdm, start: float) -> None:
 def seconds_left(run: Run, state: TrainState, count: int) -> float:
     """Estimate the time to the end of the run, from the pace of this epoch and the last evaluation."""
     size, row = len(run.loader.targets), state.history[-1] if state.history else None
-    small = (augment.SMALL_SIZE / augment.SIZE)**2
-    costs = [small if epoch < run.args.small_epochs else 1.0 for epoch in range(state.epoch, run.args.epochs)]
+    costs = [augment.SMALL_COST if i < run.args.small_epochs else 1 for i in range(state.epoch, run.args.epochs)]
     pace = state.seconds / count / costs[0]  # of a full-size image; a forward pass takes a third of it
     evaluation = row["seconds"] - size / row["images_per_second"] if row else len(run.eval_split.targets) / 3 * pace
     return (sum(costs) * size - costs[0] * count) * pace + len(costs) * evaluation

@@ -55,7 +55,7 @@ def main() -> None:
         axes.barh(place, gain, color=plots.PALETTE[0] if idea in KEPT else "#b6bcc4", height=0.65)
         if len(found) > 1:
             axes.plot(found, [place] * len(found), ".", color=plots.INK, markersize=5)
-        end = max(gain, *found, 0) if gain >= 0 else min(gain, *found)
+        end = max(found) if gain >= 0 else min(found)
         axes.annotate(f"{gain:+.1f}", (end, place), (5 if gain >= 0 else -5, 0), textcoords="offset points",
                       va="center", ha="left" if gain >= 0 else "right", color=plots.INK, fontsize=9)
     axes.set_yticks(range(len(IDEAS)), IDEAS, color=plots.INK)
