@@ -131,6 +131,20 @@ def test_a_checkpoint_of_a_release_that_kept_the_best_weights_in_best_pt_alone(r
         assert runs.difference(runs.read(stopped, "best.pt")[name], runs.read(unbroken, "best.pt")[name]) is None
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_momentum_of_a_device_with_another_memory_format(optimizer, run, tmp_path):
+    """Apple GPUs save it contiguous."""
+    flags = ["--optimizer", optimizer]
+    assert run(*flags, folder="unbroken") == 0
+    runs.stop(run, "later", *flags)
+    saved = runs.read(tmp_path / "run")
+    for state in saved["optimizer"]["state"].values():
+        state |= {name: value.contiguous() for name, value in state.items()}
+    torch.save(saved, tmp_path / "run/last.pt")
+    assert run("--resume") == 0
+    runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
 # --- which run -------------------------------------------------------------------------------------------------------
 
 
