@@ -269,6 +269,8 @@ def typed(value: Any) -> str:
 
 def merge_saved(args: Namespace, given: dict[str, Any], saved: dict[str, Any], resumes: bool) -> Namespace:
     """Take the settings of a resumed run from its checkpoint, or the network of `--init-from`; refuse others."""
+    if resumes:  # an older release may not have had a flag; it did what is now its default
+        saved = {name: value for name, value in build_parser().defaults.items() if name not in COMMANDS} | saved
     fixed = [name for name in saved if (name not in FREE_ON_RESUME if resumes else name in MODEL_FLAGS)]
     for name, value in given.items():
         if name in fixed and value != saved[name]:

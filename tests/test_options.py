@@ -170,6 +170,12 @@ def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(small_da
         line = refused(train.main, ["--output-dir", str(tmp_path / "run"), "--resume", *command.split()])
         flag = command.split()[0].replace("--no-", "--")
         assert re.search(rf"{flag} {'.*'.join(values.split())}\b", line) and "--init-from" in line, line
+    saved = torch.load(tmp_path / "run/last.pt")
+    del saved["args"]["bias_lr"], saved["args"]["small_epochs"]  # flags that are newer than the run
+    torch.save(saved, tmp_path / "run/last.pt")
+    for command, value in {"--bias-lr 8": "1", "--small-epochs 1": "0"}.items():
+        line = refused(train.main, ["--output-dir", str(tmp_path / "run"), "--resume", *command.split()])
+        assert f"{command} differs from the checkpoint's {value};" in line
     (tmp_path / "run/results.json").unlink()  # as if it had been stopped before the end
     assert train.main([*argv, "--lr", "0.1", "--log-interval", "7", "--save-minutes", "3", "--workers", "1",
                        "--no-compile"]) == 0
