@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from distributed import World, on_every_rank, on_main_rank
 from utils import UserError, warn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU = torch.device("cpu")
 NVIDIA_FILES = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")  # Linux, WSL, a container
+
+
+def select(args: Namespace, world: World, threads: int | None = None) -> tuple[torch.device, str]:
+    """Select device, precision and algorithms, and the number of CPU threads that a resumed run has had."""
+    device, precision = _select_own(args, world.local_rank, threads)
+    _refuse_mixed(world.gather(f"{device.type} in {precision}"))
+    return device, precision
+
+
+@on_every_rank
+def _select_own(args: Namespace, local_rank: int, threads: int | None) -> tuple[torch.device, str]:
+    if threads and threads <= count_cores():  # the order of sums depends on it
+        torch.set_num_threads(threads)
+    device = select_device(args.device, local_rank)
+    set_up_backend(device, args.deterministic)
+    return device, select_precision(args.precision, device)
+
+
+@on_main_rank
+def _refuse_mixed(found: list[str]) -> None:
+    if len(set(found)) > 1:  # the loss scale of fp16, for instance, would be in the gradients of some ranks
+        raise UserError(f"the ranks have selected {' and '.join(sorted(set(found)))}; choose one with --device and "
+                        "--precision")
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:

@@ -82,7 +82,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         args, checkpoint, weights = folder.open(args, given)
         if checkpoint is not None and print_if_finished(folder, checkpoint, args):
             return 0
-        device, precision = select_hardware(args, world, checkpoint)
+        device, precision = hardware.select(args, world, checkpoint and checkpoint["environment"]["threads"])
         model = build_model(args, weights).to(device, memory_format=hardware.memory_format(device))
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
@@ -112,17 +112,6 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
                 return print_stopped(run, state, status)
             finish_run(run, state)
     return 0
-
-
-@on_every_rank
-def select_hardware(args: Namespace, world: World, checkpoint: dict[str, Any] | None) -> tuple[torch.device, str]:
-    """Select device, precision and algorithms, and the number of CPU threads that a resumed run has had."""
-    threads = checkpoint and checkpoint["environment"]["threads"]
-    if threads and threads <= hardware.count_cores():  # the order of sums depends on it
-        torch.set_num_threads(threads)
-    device = hardware.select_device(args.device, world.local_rank)
-    hardware.set_up_backend(device, args.deterministic)
-    return device, hardware.select_precision(args.precision, device)
 
 
 @on_every_rank

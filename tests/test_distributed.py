@@ -23,6 +23,7 @@ import data
 import distributed
 import download
 import evaluate
+import hardware
 import options
 import train
 from checkpoint import COLUMNS, RunFolder, TrainState
@@ -239,12 +240,19 @@ def spoil_statistics(rank: int) -> None:
         at_step(0, 2, lambda _, state: next(state.model.buffers()).fill_(float("nan")))
 
 
+def select_fp16(rank: int) -> None:
+    """Let rank 1 select another precision, as an older GPU does."""
+    if rank == 1:
+        hardware.select_precision = lambda *_: "fp16"
+
+
 @pytest.mark.parametrize(("break_files", "prepare", "mistake", "statuses", "line"), [
     (lambda folder: (folder / "data_batch_1").write_bytes(b"nothing"), print, [], [2, 2], r".*data_batch_1"),
     (lambda folder: [path.unlink() for path in folder.iterdir()], leave_no_server, [], [2, 2], r".*--data-dir"),
     (lambda folder: (folder / "run/args.json/file").mkdir(parents=True), print, [], [1, 1], r".*args\.json"),
     (print, diverge, [], [1, 1], r"the loss is not finite in epoch 1, step 3"),
     (print, spoil_statistics, [], [1, 1], r"a weight is not finite"),
+    (print, select_fp16, [], [2, 2], "the ranks have selected cpu in fp16 and cpu in fp32; choose one with --device"),
     (print, lose_contact, [], [1, -signal.SIGKILL], r"lost contact with another rank.*--resume"),
     # found by every rank, at different places
     (print, print, ["--lr", "x"], [2, 2], "argument --lr: invalid float value: 'x'"),

@@ -59,7 +59,7 @@ def random_split(count: int) -> data.Split:
 def build(flags: Sequence[str], train_images: int, test_images: int, folder: Path) -> tuple[Run, TrainState]:
     """Build a run as train.py does, on random images; RunError if it is not compiled although it should be."""
     args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000"])
-    device, precision = train.select_hardware(args, World(), None)
+    device, precision = hardware.select(args, World())
     model = train.build_model(args, None).to(device, memory_format=hardware.memory_format(device))
     loader = data.build_loader(random_split(train_images), args, device, World())
     state = TrainState(args, model, len(loader), precision)
