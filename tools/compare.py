@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plots
-from options import FREE_ON_RESUME, Parser, typed
+from options import FREE_ON_RESUME, Parser, build_parser, typed
 from process import program, set_up_process
 from utils import UserError, check_output, print_line, warn, write_text
 
@@ -51,6 +51,7 @@ def read_run(path: Path) -> Run:
             results |= {name: float(results[name]) for name, _ in RESULTS.values()}
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise UserError(f"{file}: {getattr(error, 'strerror', None) or repr(error)}; expected a run folder") from error
+    settings = build_parser().defaults | settings  # a flag may be newer than the run
     settings = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}  # has no effect
     settings |= {name: results[name] for name in sorted(HARDWARE & results.keys())}
     return Run(path, settings, history, results)
