@@ -38,7 +38,8 @@ def group_parameters(name: str, model: nn.Module, lr: float, weight_decay: float
     """Group parameters by their settings.
 
     The biases of batch norm have `bias_lr` times the learning rate, and as much less weight decay (arXiv 2404.00498).
-    With Muon, all convolutions without bias but the first have no decay, and the others have twice the learning rate.
+    With Muon, all convolutions without bias but the first have no decay, and the other parameters have twice the
+    learning rate.
     """
     modules, is_muon = list(model.modules()), name == "muon"
     convolutions = [m.weight for m in modules if is_muon and isinstance(m, nn.Conv2d) and m.bias is None][1:]

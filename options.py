@@ -116,8 +116,8 @@ number, fraction, positive = at_least(0, float), at_least(0, float, below=1), at
 def add_data_flags(parser: Parser, only: Collection[str] | None = None) -> None:
     """Add the flags that select images."""
     flag = parser.group("data", only)
-    flag("--data-dir", "data", "folder that holds cifar-10-batches-py, or that folder itself; CIFAR-10 is downloaded "
-         "to it if it is not there", metavar="DIR")
+    flag("--data-dir", "data", "folder that holds cifar-10-batches-py or cifar-10-python.tar.gz, or one of them; "
+         "CIFAR-10 is downloaded to it if it is not there", metavar="DIR")
     flag("--synthetic", False, "use generated images instead of CIFAR-10, without a download")
     flag("--val-size", 0, "training images held out to select best.pt; 0 selects it on the test set", type=at_least(0))
     flag("--limit-train", None, "use the first N training images, validation included (default: all)", type=positive)
@@ -128,11 +128,11 @@ def add_hardware_flags(parser: Parser, only: Collection[str] | None = None) -> N
     """Add the flags that select the hardware and how it is used."""
     flag = parser.group("hardware", only)
     flag("--device", "auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
-    flag("--precision", "auto", "auto, fp32, bf16 or fp16; auto is bf16 where the hardware computes it natively",
-         choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--precision", "auto", "auto, fp32, bf16 or fp16; auto is bf16 where the hardware computes it natively, "
+         "fp16 on older CUDA devices, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--workers", 0, "0: the data set lives on the device and batches are made there; N: torchvision transforms "
          "in N worker processes, like the published code", type=at_least(0))
-    flag("--compile", None, "torch.compile (default: on for CUDA)", action=argparse.BooleanOptionalAction)
+    flag("--compile", None, "torch.compile (default: on for CUDA with Triton)", action=argparse.BooleanOptionalAction)
     flag("--deterministic", False, "deterministic algorithms on CUDA (slower); CPU runs are always deterministic")
 
 
@@ -149,7 +149,7 @@ def build_parser() -> Parser:
     flag("--init-from", None, "start a new run from the weights of this checkpoint", metavar="FILE")
     flag("--overwrite", False, "replace an existing run in --output-dir")
     flag("--save-minutes", 1.0, "minutes between checkpoints; 0 saves after every step", type=number)
-    flag("--log-interval", 50, "steps between updates of loss and accuracy", type=positive)
+    flag("--log-interval", 50, "steps between updates of loss and accuracy on a GPU", type=positive)
     flag("--summary", False, "print the torchsummary table and exit")
     add_data_flags(parser)
     flag = parser.group("model")
@@ -182,7 +182,7 @@ def add_optimization_flags(parser: Parser) -> None:
     flag("--epochs", 200, "passes over the training set", type=positive)
     flag("--batch-size", 128, "images per step, summed over all ranks", type=positive)
     flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS))
-    flag("--lr", None, "highest learning rate (default: "
+    flag("--lr", None, "highest learning rate; with muon of the convolutions, the rest has twice as much (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=number)
     flag("--momentum", 0.9, f"momentum of {', '.join(USES_MOMENTUM)}", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")

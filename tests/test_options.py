@@ -33,7 +33,8 @@ optimization: --epochs 200; --batch-size 128; --optimizer sgd; --lr 0.1 for sgd,
 --ema 0; --seed 0
 augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
 --trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0; --small-epochs 0
-""" + HARDWARE + "; --workers 0; --compile/--no-compile on for CUDA; --deterministic/--no-deterministic off"),
+""" + HARDWARE + """; --workers 0; --compile/--no-compile on for CUDA with Triton; \
+--deterministic/--no-deterministic off"""),
     "evaluate": ("CHECKPOINT [flags]", f"output: --output-dir; {OUTPUT}{DATA}--limit-test all\n{HARDWARE}"),
     "predict": ("CHECKPOINT IMAGES... [flags]", f"output: --output -; --picture; {OUTPUT}{HARDWARE}")}
 

@@ -1,4 +1,4 @@
-"""Draw ideas.png and print the table of docs/recipe.md, from runs.jsonl."""
+"""Draw ideas.png and print the differences of docs/recipe.md, from runs.jsonl."""
 
 import json
 import sys
