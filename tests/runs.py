@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import pickle
@@ -32,6 +33,7 @@ NETWORK = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2"]
 SMALL = [*NETWORK, "--batch-size", "8", "--epochs", "2", "--limit-train", "30", "--limit-test", "20", "--lr", "0.01",
          "--device", "cpu", "--precision", "fp32"]
 MAY_DIFFER = {"seconds", "images_per_second", "args", "environment"}  # between two checkpoints of the same run
+RESULTS = "last_accuracy best_accuracy best_epoch test_accuracy test_weights per_class".split()
 # Finished epochs, and steps of the current one; the last step of an epoch is 4, or 3 with a validation set.
 PLACES = {"first": (0, 1), "middle": (0, 2), "last": (0, 4), "between": (1, 0), "evaluation": (1, 0), "later": (1, 2)}
 
@@ -125,6 +127,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
         where = difference(read(found, name), read(expected, name))
         assert where is None, f"{name}{where}"
     assert metrics(found) == metrics(expected), "metrics.csv differs"
+    for name in RESULTS if (found / "results.json").exists() else ():
+        where = [json.loads((folder / "results.json").read_text())[name] for folder in (found, expected)]
+        assert where[0] == where[1], f"results.json: {name}"
     assert metrics(found).count("\n") == 1 + len(read(found)["history"]), "metrics.csv has other rows than the history"
 
 

@@ -150,9 +150,6 @@ def test_the_momentum_of_a_device_with_another_memory_format(optimizer, run, tmp
 
 def test_paths_of_resume(run, refused, tmp_path, unbroken, monkeypatch):
     run_folder = tmp_path / "run"
-    assert "no run in" in refused(run, "--resume")
-    assert "not found" not in refused(run, "--resume", str(tmp_path / "none"))
-    assert list(tmp_path.iterdir()) == []  # not even a lock
     monkeypatch.chdir(tmp_path)
     for place, path in [("first", "auto"), ("middle", str(run_folder)), ("last", "run/last.pt")]:
         runs.stop(run, place, "--resume", path)

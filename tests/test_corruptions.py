@@ -34,6 +34,7 @@ def test_every_corruption_is_measured_and_an_interrupted_measurement_continues(t
     predict, calls, clean = corruptions.predict_logits, [], test_set.images[:8]
 
     def interrupted(model, images, **kwargs):
+        assert kwargs["normalize"]  # as the checkpoint says
         calls.append(images)
         if len(calls) == 30:  # in the seventh set
             raise KeyboardInterrupt

@@ -111,6 +111,8 @@ def test_the_first_small_epochs_shrink_the_same_batches(mixes):
 
 def test_batches_are_mixed_with_the_image_before():
     plain = batches_of(data.DeviceLoader(make_split(), parse(), "cpu"))
+    order = augment.random_params(70, 5, 2).index  # of the seed and the epoch that `parse` and `batches_of` set
+    assert torch.equal(torch.cat([labels for _, labels in plain]), make_split().targets[order])
     mix = augment.random_mix_params(5, 5, 2, 0.4, 1.0)
     batches = batches_of(data.DeviceLoader(make_split(), parse("--mixup", "0.4", "--cutmix", "1"), "cpu"))
     assert {bool(box.any()) for box in mix.box} == {True, False}

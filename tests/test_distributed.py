@@ -102,7 +102,8 @@ def run_ranks(argv, folder: Path, prepare=None, args=(), size: int = 2, **env) -
 def flags(tmp_path_factory):
     """A run of 5 steps an epoch, the last of one image, which only rank 0 has; dropout differs between the ranks."""
     folder = write_data(tmp_path_factory.mktemp("data"), 33)
-    return [*SMALL, "--limit-train", "33", "--epochs", "4", "--lr", "0.02", "--dropout", "0.2", "--data-dir", folder]
+    return [*SMALL, "--limit-train", "33", "--epochs", "4", "--lr", "0.02", "--dropout", "0.2", "--ema", "0.9",
+            "--data-dir", folder]
 
 
 @pytest.fixture(scope="module")

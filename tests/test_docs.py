@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -53,6 +54,14 @@ def test_links_and_pictures_exist(page):
 def test_tests_that_are_named_exist():
     named = set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", "".join(page.read_text("utf-8") for page in PAGES)))
     assert named and [name for name in named if not (ROOT / "tests" / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["forty", "fast"])
+def test_recipes_are_those_of_the_measured_runs(name):
+    settings = vars(options.parse_args([f"@{ROOT}/recipes/{name}.txt"])[0])
+    measured = json.loads((ROOT / "results" / name / "args.json").read_text())
+    for key in measured.keys() & settings.keys() - options.FREE_ON_RESUME:
+        assert settings[key] == measured[key], key
 
 
 def test_every_recipe_and_tool_is_in_the_readme():

@@ -39,9 +39,14 @@ def test_summary_equals_the_published_table(capsys):
     assert "Total params: 74,667" in capsys.readouterr().out
 
 
-def test_dropout_after_each_block_and_before_the_linear_layer():
-    rates = [module.p for module in SEResNet(dropout=0.2).modules() if isinstance(module, nn.Dropout)]
-    assert rates == [0.2] * (4 + 4 + 3 + 1)
+@pytest.mark.parametrize("block", ["basic", "preact"])
+def test_dropout_after_each_block_and_before_the_linear_layer(block):
+    model, found = SEResNet((2, 1), 8, dropout=0.2, block=block, se_reduction=2), []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda layer, _, output: found.append((layer.p, tuple(output.shape))))
+    model(torch.zeros(2, 3, 32, 32))
+    assert found == [(0.2, (2, 8, 32, 32))] * 2 + [(0.2, (2, 16, 16, 16)), (0.2, (2, 16))]
 
 
 def squeeze_and_excite(se: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,9 @@ def test_onecycle_is_torch_s_with_its_defaults(name, momentum):
     expected = [(0.1 / 25, 0.95), (0.1, 0.85), (0.1 / 250_000, 0.95)]
     assert np.array(found)[[0, 29, 99]] == pytest.approx(np.array(expected) * ([1, 1] if momentum else [1, 0]))
     assert all((schedule_lrs("onecycle", 0.1, 1, steps, 0) > 0).all() for steps in (1, 2, 3))
+    optimizer = build_optimizer(name, SEResNet((1,), 8, se_reduction=2), 0.1, 0.9, False, 0, bias_lr=8)
+    build_scheduler(optimizer, "onecycle", 10, 10, 0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 / 25, 8 * 0.1 / 25])
 
 
 @pytest.mark.parametrize("name", ["cosine", "constant"])

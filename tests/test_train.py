@@ -107,14 +107,20 @@ def test_resume_compiled_and_on_cuda(place, device, precision, compiled, run, tm
     runs.assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
+def test_the_seed_sets_the_initial_weights():
+    first, again, other = (train.build_model(options.parse_args([*runs.NETWORK, "--seed", seed])[0], None).conv1.weight
+                           for seed in "112")
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("images", "tolerance"), [(128, 0), (576, 6e-8)])
+@pytest.mark.parametrize(("images", "tolerance"), [(128, 0), (568, 6e-8)])
 def test_training_equals_the_published_loop(images, tolerance, run, tmp_path):
-    """Two steps are bitwise identical; after nine, the fused optimizer differs in the last bit."""
+    """Two steps are bitwise identical; after nine, the last with 56 images, fused kernels differ in a bit."""
     flags = ["--data-dir", str(runs.write_data(tmp_path, images)), "--limit-train", str(images), "--batch-size", "64",
-             "--epochs", "1", "--lr", "0.05", "--scheduler", "constant"]
+             "--epochs", "1", "--lr", "0.05", "--scheduler", "constant", "--grad-clip", "0.01"]
     torch.manual_seed(5)
     model = models.SEResNet(num_blocks=[1, 1], channels=8, se_reduction=2).to(memory_format=torch.channels_last)
     torch.save(model.state_dict(), tmp_path / "weights.pt")  # a plain state_dict
@@ -131,7 +137,7 @@ def test_training_equals_the_published_loop(images, tolerance, run, tmp_path):
         outputs = model(inputs)
         loss = criterion(outputs, targets)
         loss.backward()
-        nn.utils.clip_grad_value_(model.parameters(), 0.1)
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
         optimizer.step()
         total_loss += loss.item() * len(targets)
         correct += (outputs.argmax(1) == targets).sum().item()
@@ -229,15 +235,15 @@ def test_lines_and_metrics(run, tmp_path, capsys):
     assert (folder / "metrics.csv").read_text().startswith("epoch,step,lr,train_loss,train_accuracy,val_loss,"
         "val_accuracy,test_loss,test_accuracy,seconds,images_per_second\n")
     rows = list(csv.DictReader((folder / "metrics.csv").open(newline="")))
-    for line, row, epoch in zip(lines[5:7], rows, (1, 2), strict=True):
+    for line, row, saved, epoch in zip(lines[5:7], rows, runs.read(folder)["history"], (1, 2), strict=True):
         lr = 0.005 * (1 + math.cos(math.pi * (4 * epoch - 1) / 8))
         numbers = {name: float(value) for name, value in row.items() if value}
         assert numbers.keys() == row.keys() - {"val_loss", "val_accuracy"}
         assert (numbers["epoch"], numbers["step"], numbers["lr"]) == (epoch, 4 * epoch, pytest.approx(lr, rel=1e-5))
-        assert numbers["images_per_second"] == pytest.approx(30 / numbers["seconds"], rel=0.5)
-        assert line == ("epoch {epoch:.0f}/2  training loss {train_loss:.4f}, accuracy {train_accuracy:.2f}%  test "
+        assert numbers == pytest.approx({name: saved[name] for name in numbers}, rel=1e-5)
+        assert line == ("epoch {epoch}/2  training loss {train_loss:.4f}, accuracy {train_accuracy:.2f}%  test "
                         "loss {test_loss:.4f}, accuracy {test_accuracy:.2f}%  lr {lr:.4g}  {images_per_second:.0f} "
-                        "images/s").format(**numbers)
+                        "images/s").format(**saved)
     accuracies = [float(row["test_accuracy"]) for row in rows]
     best = accuracies.index(max(accuracies))
     assert lines[7] == (f"test accuracy: last epoch {accuracies[-1]:.2f}%, best {accuracies[best]:.2f}% "
@@ -257,13 +263,19 @@ def test_lines_and_metrics(run, tmp_path, capsys):
 
 
 def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkeypatch):
-    accuracies = iter([50.0, 40.0, 30.0])  # two epochs, and the test set
+    accuracies, drawn = iter([50.0, 50.0, 40.0, 30.0]), []  # three epochs, and the test set
     monkeypatch.setattr(evaluate, "score", lambda logits, targets: (1.0, next(accuracies)))
-    assert run("--val-size", "10") == 0
+    monkeypatch.setattr(evaluate, "draw_pictures", lambda _, *shown: drawn.append(shown))
+    assert run("--val-size", "10", "--epochs", "3", "--no-normalize") == 0
     assert "10 validation images" in (out := capsys.readouterr().out)
     assert "validation accuracy: last epoch 40.00%, best 50.00% (epoch 1)\ntest accuracy of best.pt 30.00%" in out
+    (logits, test), = drawn
+    best, _ = evaluate.load_checkpoint_model(tmp_path / "run/best.pt")
+    torch.testing.assert_close(logits, one_by_one(best, test.images, False), rtol=1e-4, atol=1e-5)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["test_weights"], results["selected_on"], results["best_epoch"]) == ("best", "validation", 1)
+    assert results["per_class"] == evaluate.per_class(logits, test.targets, test.classes)
+    assert results["calibration_error"] == evaluate.calibration_error(logits, test.targets)
     assert all(row["test_loss"] is row["test_accuracy"] is None for row in runs.read(tmp_path / "run")["history"])
 
 
