@@ -87,7 +87,7 @@ def serve_published(steps: str, train_images: str, test_images: str, folder: str
     Its images come from torchvision in worker processes; fp32, NCHW, an optimizer that is not fused, no compiling.
     """
     hardware.keep_freed_memory, train.train_step = lambda: None, published_step
-    own = ["--workers", str(hardware.count_cores()), "--precision", "fp32", "--no-compile"]
+    own, out = ["--workers", str(hardware.count_cores()), "--precision", "fp32", "--no-compile"], sys.stdout
     run, state = build([*flags, *own], int(train_images), int(test_images), Path(folder))
     for model in (state.model, state.eval_model):
         model.to(memory_format=torch.contiguous_format)
@@ -95,10 +95,10 @@ def serve_published(steps: str, train_images: str, test_images: str, folder: str
         values.update({name: value.contiguous() for name, value in values.items()})
     for group in state.optimizer.param_groups:
         group["fused"] = None  # PyTorch's default
-    with contextlib.closing(run.loader):
+    with contextlib.closing(run.loader), contextlib.redirect_stdout(sys.stderr):  # of lines of progress
         for line in sys.stdin:  # ends with the other process, even if that is killed
             torch.backends.cudnn.allow_tf32 = line == "tf32\n"
-            print_line(str(whole_rate(run, state, int(steps))))
+            print_line(str(whole_rate(run, state, int(steps))), out)
 
 
 def in_turns(repeats: int, actions: dict[str, Callable[[], float]]) -> Rows:
