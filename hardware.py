@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -28,16 +29,18 @@ NVIDIA_FILES = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")  # Li
 
 def select(args: Namespace, world: World, threads: int | None = None) -> tuple[torch.device, str]:
     """Select device, precision and algorithms, and the number of CPU threads that a resumed run has had."""
-    device, precision = _select_own(args, world.local_rank, threads)
+    device, precision = _select_own(args, world, threads)
     _refuse_mixed(world.gather(f"{device.type} in {precision}"))
     return device, precision
 
 
 @on_every_rank
-def _select_own(args: Namespace, local_rank: int, threads: int | None) -> tuple[torch.device, str]:
+def _select_own(args: Namespace, world: World, threads: int | None) -> tuple[torch.device, str]:
     if threads and threads <= count_cores():  # the order of sums depends on it
         torch.set_num_threads(threads)
-    device = select_device(args.device, local_rank)
+    device = select_device(args.device, world.local_rank)
+    if device.type == "mps" and world.size > 1:  # pytorch issue 160732
+        raise UserError("torch cannot exchange gradients between Apple GPUs; use one process, or --device cpu")
     set_up_backend(device, args.deterministic)
     return device, select_precision(args.precision, device)
 
@@ -77,9 +80,12 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
 
 def select_precision(name: str, device: torch.device) -> str:
     """Turn `--precision` into fp32, bf16 or fp16; auto is the fastest that the hardware computes natively."""
-    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cuda" and torch.version.hip:  # where the capability is the number of the architecture
+        has_bf16 = bool(re.match("gfx(908|90a|94|95|11|12)", torch.cuda.get_device_properties(device).gcnArchName))
+    else:
+        has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bf16" and not has_bf16:  # torch emulates it, and does not compile it
-        raise UserError(f"--precision bf16 needs compute capability 8.0; {describe(device)} has less, so use fp16")
+        raise UserError(f"--precision bf16: {describe(device)} does not compute it natively, so use fp16")
     if name == "fp16" and device.type == "mps":  # pytorch pull request 186360
         raise UserError("--precision fp16: on MPS, optimizers of torch ignore the loss scale; use bf16 or fp32")
     if name != "auto":

@@ -14,7 +14,9 @@ import data
 import gradient_check
 import hardware
 import models
+import options
 import train
+from distributed import World
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,8 +51,23 @@ def test_precision_on_cuda_follows_the_capability(monkeypatch, gpus, capability,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert hardware.select_precision("auto", CUDA) == expected
     assert [hardware.select_precision(name, CUDA) for name in ("fp32", "fp16")] == ["fp32", "fp16"]
-    with contextlib.nullcontext() if expected == "bf16" else pytest.raises(UserError, match="8.0; Tesla P100 has less"):
+    with contextlib.nullcontext() if expected == "bf16" else pytest.raises(UserError, match="P100 does not .*fp16"):
         assert hardware.select_precision("bf16", CUDA) == "bf16"
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [
+    ("gfx906:sramecc+:xnack-", "fp16"), ("gfx1032", "fp16"), ("gfx90a:sramecc+", "bf16"), ("gfx1100", "bf16")])
+def test_precision_on_an_amd_gpu_follows_its_architecture(monkeypatch, gpus, architecture, expected):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 3))  # of gfx1032
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=architecture))
+    assert hardware.select_precision("auto", CUDA) == expected
+
+
+def test_several_apple_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(hardware, "select_device", lambda *_: MPS)
+    with pytest.raises(UserError, match="between Apple GPUs; use one process, or --device cpu"):
+        hardware.select(options.parse_args([])[0], World(size=2))
 
 
 @pytest.mark.parametrize(("avx512", "amx", "expected"), [
