@@ -182,7 +182,7 @@ def add_optimization_flags(parser: Parser) -> None:
     flag("--epochs", 200, "passes over the training set", type=positive)
     flag("--batch-size", 128, "images per step, summed over all ranks", type=positive)
     flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS))
-    flag("--lr", None, "highest learning rate; with muon of the convolutions, the rest has twice as much (default: "
+    flag("--lr", None, "highest learning rate; for muon that of convolutions, doubled for all others (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=number)
     flag("--momentum", 0.9, f"momentum of {', '.join(USES_MOMENTUM)}", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")

@@ -98,7 +98,7 @@ def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, settings: di
     axes["lr"].locator_params(axis="y", nbins=3)
     axes["lr"].yaxis.set_major_formatter("{x:g}")
     names = {"label_smoothing": "label smoothing", "trivial_augment": "TrivialAugment", "mixup": "MixUp",
-             "cutmix": "CutMix", "dropout": "dropout", "small_epochs": "small images"}
+             "cutmix": "CutMix", "dropout": "dropout", "small_epochs": "small images at first"}
     used = ", ".join(label for name, label in names.items() if settings.get(name))
     notes = [f"Training is measured with {used}; evaluation without."] if used else []
     notes += ["Evaluation uses the averaged weights."] if settings.get("ema") else []

@@ -21,8 +21,12 @@ def test_random_params_are_a_function_of_seed_and_epoch():
 def test_random_params_have_the_published_distributions():
     params = augment.random_params(40_000, 0, 0)
     assert torch.equal(params.index.sort().values, torch.arange(40_000))
+    for offsets in (params.top, params.left):
+        fractions = torch.bincount(offsets, minlength=9) / 40_000
+        assert len(fractions) == 9 and (fractions - 1 / 9).abs().max() < 0.01
+    assert abs(params.flip.float().mean() - 0.5) < 0.01
     fractions = torch.bincount((params.top * 9 + params.left) * 2 + params.flip, minlength=162) / 40_000
-    assert len(fractions) == 162 and (fractions - 1 / 162).abs().max() < 0.002  # standard deviation 0.0004
+    assert (fractions - 1 / 162).abs().max() < 0.002  # standard deviation 0.0004
 
 
 def test_shrink_averages_what_a_pixel_covers():

@@ -13,6 +13,7 @@ from predict import load_model
 from tools import export
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_logits_of_the_network(trained, test_set, tmp_path, recwarn):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

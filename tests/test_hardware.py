@@ -38,6 +38,7 @@ def gpus(monkeypatch):
     for name, value in {"is_available": True, "device_count": 2, "get_device_name": "Tesla P100",
                         "get_device_capability": (6, 0), "get_arch_list": ["sm_75", "sm_90"]}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: selected.append(str(device)))
     monkeypatch.setattr(torch, "ones", lambda *size, device=None: ones(*size))
     return selected

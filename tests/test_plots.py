@@ -101,9 +101,9 @@ def test_diverged_runs_do_not_flatten_the_others_and_are_marked(losses, top, mar
 
 @pytest.mark.parametrize("settings, note", [
     ({"label_smoothing": 0.0, "ema": 0.0, "mixup": 0.0, "optimizer": "sgd"}, ""),
-    ({"small_epochs": 1, "cutmix": 1.0}, "Training is measured with CutMix, small images; evaluation without."),
-    ({"trivial_augment": True, "ema": 0.99}, "Training is measured with TrivialAugment; evaluation without. "
-     "Evaluation uses the averaged weights.")])
+    ({"small_epochs": 1}, "Training is measured with small images at first; evaluation without."),
+    ({"trivial_augment": True, "cutmix": 1.0, "ema": 0.99},
+     "Training is measured with TrivialAugment, CutMix; evaluation without. Evaluation uses the averaged weights.")])
 def test_curves_say_what_sets_training_apart(tmp_path, settings, note):
     assert plots.draw_curves(make_history(2), np.ones(20), settings, tmp_path / "c.png").get_supxlabel() == note
 

@@ -116,7 +116,7 @@ def test_the_seed_sets_the_initial_weights():
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("images", "tolerance"), [(128, 0), (568, 6e-8)])
+@pytest.mark.parametrize(("images", "tolerance"), [(128, 0), (568, 2**-23)])
 def test_training_equals_the_published_loop(images, tolerance, run, tmp_path):
     """Two steps are bitwise identical; after nine, the last with 56 images, fused kernels differ in a bit."""
     flags = ["--data-dir", str(runs.write_data(tmp_path, images)), "--limit-train", str(images), "--batch-size", "64",
@@ -143,7 +143,7 @@ def test_training_equals_the_published_loop(images, tolerance, run, tmp_path):
         correct += (outputs.argmax(1) == targets).sum().item()
 
     for name, value in runs.read(tmp_path / "run")["model"].items():
-        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=tolerance, atol=tolerance / 2, msg=name)
     logits = one_by_one(model.eval(), test_split.images)
     row = runs.read(tmp_path / "run")["history"][0]
     assert row["train_loss"] == pytest.approx(total_loss / images)

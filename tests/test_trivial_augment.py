@@ -97,3 +97,6 @@ def test_random_params_are_uniform_and_independent():
     assert operation.dtype == strength.dtype == torch.int64
     counts = torch.bincount(operation * 62 + strength, minlength=14 * 62)  # about 161 each
     assert len(counts) == 14 * 62 and 90 < counts.min() and counts.max() < 240
+    assert (torch.bincount(operation) - 10_000).abs().max() < 400  # standard deviation 96
+    assert (torch.bincount(strength % 31) - 140_000 / 31).abs().max() < 270  # 66
+    assert abs((strength > 30).sum() - 70_000) < 800  # 187
