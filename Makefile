@@ -27,7 +27,7 @@ clean:
 
 # The stamp is written last, so that an interrupted set-up is repeated.
 .venv/requirements: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
