@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed import World, on_every_rank, on_main_rank
-from hardware import describe, get_rng_state, set_rng_state
+from hardware import describe, rng_module
 from optim import averaged_tensors, build_optimizer, build_scheduler
 from options import merge_saved, saved_args
 from utils import UserError, duration, print_line, warn, write_atomically, write_text
@@ -71,8 +71,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         text = str(error).strip()
         if refused := re.search(r"GLOBAL (\S+)", text):
             text = f"it holds {refused[1]}; only tensors and plain values are loaded, such as vars(args)"
-        elif "Unsupported operand" in text:
-            text = "it has another pickle protocol than torch's default; save it again without pickle_protocol"
         elif isinstance(error, zipfile.BadZipFile):
             text = "it is truncated, or was written by torch before 1.6; then save it again with a newer torch"
         text = text.rpartition("WeightsUnpickler error: ")[2]
@@ -103,6 +101,7 @@ class TrainState:
         self.steps_per_epoch, self.device = steps_per_epoch, next(model.parameters()).device
         self.model = model
         self.ema_model = copy.deepcopy(model) if args.ema else None
+        self.eval_model = self.ema_model or model  # is evaluated, and goes into best.pt
         # walking the modules for these takes longer than using them
         self.parameters, self.weights = list(model.parameters()), averaged_tensors(model)
         self.ema_weights = averaged_tensors(self.ema_model) if self.ema_model else []
@@ -121,11 +120,6 @@ class TrainState:
         self.best: dict[str, Any] | None = None  # weights, epoch and accuracy of the best epoch, on the CPU
         self.machines: list[str] = []  # the devices that the run has used
 
-    @property
-    def eval_model(self) -> nn.Module:
-        """The network that is evaluated and goes into best.pt: the averaged weights, with `--ema`."""
-        return self.ema_model or self.model
-
     def state_dict(self, world: World) -> dict[str, Any]:
         """Return the content of a checkpoint; every rank must call it."""
         self.machines = list(dict.fromkeys([*self.machines, *world.gather(describe(self.device))]))
@@ -133,7 +127,8 @@ class TrainState:
                 "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(), "epoch": self.epoch, "step": self.step, "best": self.best,
                 "history": self.history, "machines": self.machines, "seconds": self.seconds, "lr": self.lr,
-                "totals": world.gather(self.totals.cpu()), "rng": world.gather(get_rng_state(self.device))}
+                "totals": world.gather(self.totals.cpu()),
+                "rng": world.gather({self.device.type: rng_module(self.device).get_rng_state()})}
 
     def load_state_dict(self, saved: dict[str, Any], world: World, path: Path) -> None:
         """Continue from the content of a checkpoint."""
@@ -148,13 +143,14 @@ class TrainState:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.epoch, self.step, self.history = saved["epoch"], saved["step"], list(saved["history"])
-        self.best, self.seconds, self.lr = saved["best"], saved["seconds"], saved["lr"]
-        self.machines = saved.get("machines", ["not recorded"])  # by older releases
+        self.best, self.seconds, self.lr, self.machines = (saved[key] for key in ("best", "seconds", "lr", "machines"))
         if len(saved["totals"]) == world.size:
             self.totals.copy_(saved["totals"][world.rank])
         elif world.is_main:
             self.totals.copy_(torch.stack(saved["totals"]).sum(0))
-        set_rng_state(saved["rng"][world.rank % len(saved["rng"])], self.device)
+        rng = saved["rng"][world.rank % len(saved["rng"])]
+        if self.device.type in rng:
+            rng_module(self.device).set_rng_state(rng[self.device.type])
         if self.scheduler.last_epoch != self.epoch * self.steps_per_epoch + self.step:
             raise UserError(f"{path} does not fit {self.steps_per_epoch} steps an epoch; has the training set changed?")
 
@@ -239,8 +235,6 @@ class RunFolder:
             if errors:
                 warn(f"{errors[0]}; continuing from {path}")
             self._last_is_intact = path.name == self.last.name
-            if checkpoint["best"] is not None and "model" not in checkpoint["best"]:  # older releases: only in best.pt
-                checkpoint["best"] = load_checkpoint(self.best)
             return checkpoint
         raise UserError("; ".join(errors))
 

@@ -36,13 +36,6 @@ class Split(NamedTuple):
     targets: Tensor  # (N,) int64
     classes: list[str]  # ten names
 
-    def to(self, device: torch.device | str) -> "Split":
-        """Move images and labels to a device."""
-        return Split(self.images.to(device), self.targets.to(device), self.classes)
-
-
-# --- splits ----------------------------------------------------------------------------------------------------------
-
 
 def load_split(data_dir: str | Path, files: Sequence[str], use_synthetic: bool = False, limit: int | None = None
                ) -> Split:
@@ -84,9 +77,6 @@ def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split
     # the first rank of each machine goes ahead: it may have to download
     first = on_every_rank(lambda: read() if world.local_rank == 0 else None)()
     return on_every_rank(lambda: first or read())()
-
-
-# --- loaders ---------------------------------------------------------------------------------------------------------
 
 
 class Loader:

@@ -61,12 +61,7 @@ class World(NamedTuple):
 
     def max(self, values: list[int]) -> list[int]:
         """Return the largest of each value over all ranks."""
-        if self.size == 1:
-            return values
-        tensor = torch.tensor(values)
-        with _collective():
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
+        return [max(column) for column in zip(*self.gather(values), strict=True)]
 
     def gather(self, value: Any) -> list[Any]:
         """Collect one picklable value of each rank, on every rank."""

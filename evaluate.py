@@ -112,7 +112,7 @@ def calibration_error(logits: Tensor, targets: Tensor) -> float:
 
 def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
     """Draw confusion.png, reliability.png, and the most confident mistakes as mistakes.png."""
-    split, logits = split.to("cpu"), logits.cpu()
+    logits = logits.cpu()
     plots.draw_confusion(confusion_matrix(logits, split.targets).numpy(), split.classes, folder / "confusion.png")
     plots.draw_reliability(*calibration_bins(logits, split.targets).numpy(), folder / "reliability.png")
     confidence, prediction = logits.softmax(1).max(1)

@@ -180,19 +180,9 @@ def versions() -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version()}
 
 
-def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the state of torch's generators; only dropout uses them."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restore what `get_rng_state` returned; the state of another device type is left alone."""
-    torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type])
+def rng_module(device: torch.device):
+    """Return torch's module with `get_rng_state` and `set_rng_state` of a device; only dropout uses that state."""
+    return torch if device.type == "cpu" else torch.get_device_module(device)
 
 
 def compile_or_warn(function: Callable, device: torch.device, probe: Callable[[Callable], None]) -> Callable | None:

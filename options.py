@@ -198,35 +198,34 @@ def add_optimization_flags(parser: Parser) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, Any]]:
-    """Parse and check the command line of train.py; return all settings, and those that were given."""
+    """Parse and check the command line of train.py; return all settings, and those that were given.
+
+    Settings that exclude each other are refused, and defaults set that depend on another setting.
+    """
     parser = build_parser()
     args, given = parser.parse(argv)
     for name in ("overwrite", "init_from"):
         if args.resume is not None and given.get(name):
             parser.error(f"--resume continues a run; leave out {flag_of(name)}")
-    if args.resume in (None, "auto"):  # otherwise the settings come from the checkpoint
-        check_training(args, given, parser.error)
-    return args, given
-
-
-def check_training(args: Namespace, given: dict[str, Any], refuse: Callable[[str], NoReturn]) -> None:
-    """Refuse settings that exclude each other; set the defaults that depend on another setting."""
+    if args.resume not in (None, "auto"):  # the settings come from the checkpoint
+        return args, given
     if args.lr is None:
         args.lr = OPTIMIZERS[args.optimizer][1]
     if "se_reduction" not in given:
         args.se_reduction = min(args.se_reduction, args.channels)
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
-        refuse("--nesterov needs --optimizer sgd with a --momentum above 0")
+        parser.error("--nesterov needs --optimizer sgd with a --momentum above 0")
     if "momentum" in given and args.optimizer not in USES_MOMENTUM:
-        refuse(f"--momentum is for {', '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
+        parser.error(f"--momentum is for {', '.join(USES_MOMENTUM)}; --optimizer {args.optimizer} has none")
     if args.scheduler == "onecycle" and ("momentum" in given or args.warmup_epochs):
-        refuse("--scheduler onecycle sets momentum and warm-up itself; leave out --momentum and --warmup-epochs")
+        parser.error("--scheduler onecycle sets momentum and warm-up itself; leave out --momentum and --warmup-epochs")
     if args.warmup_epochs >= args.epochs:
-        refuse(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
-               f"--warmup-epochs {args.epochs / 10:g}")
+        parser.error(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
+                     f"--warmup-epochs {args.epochs / 10:g}")
     if args.small_epochs >= args.epochs:
-        refuse(f"--small-epochs ({args.small_epochs}) must be less than --epochs ({args.epochs}): the last ones need "
-               "images of full size")
+        parser.error(f"--small-epochs ({args.small_epochs}) must be less than --epochs ({args.epochs}): the last ones "
+                     "need images of full size")
+    return args, given
 
 
 def build_model(args: Namespace):

@@ -32,7 +32,7 @@ HINTS = {
 
 
 def set_up_process() -> None:
-    """Set up a program before it imports torch: what signals do, how threads wait, and streams that are closed."""
+    """Set up a program before it imports torch: what signals do, how threads wait, and closed streams."""
     def leave(number: int, _: object) -> NoReturn:
         if number == signal.SIGINT:
             print_line("interrupted", sys.stderr)
@@ -43,9 +43,6 @@ def set_up_process() -> None:
         signal.signal(number, leave)
     # Let torch's threads sleep while they wait: if they spin, they take the cores from each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: a file of the run would take its place
-        pass
-    os.close(descriptor)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     with contextlib.suppress(OSError, ValueError):
         if os.get_terminal_size(2).columns == 0:  # a terminal of unknown size, where tqdm would print nothing

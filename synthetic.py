@@ -15,17 +15,6 @@ def _stripes(u: np.ndarray) -> np.ndarray:
     return np.abs(u - np.rint(u)) - 0.25
 
 
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.maximum(u, v) - 1, np.minimum(u, v) - 0.3)
-
-
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Join a square that stands on its corner and two discs on its upper sides."""
-    u = np.abs(u)
-    return np.minimum(0.707 * (u + np.abs(v - 0.1)) - 0.6, np.hypot(u - 0.424, v + 0.324) - 0.6)
-
-
 # Signed distance from (u, v) to the edge of each figure, negative inside; u points right and v points down. The unit is
 # the radius of a shape, the period of a texture.
 FIGURES = {
@@ -33,8 +22,9 @@ FIGURES = {
     "moon": lambda u, v: np.maximum(np.hypot(u, v) - 1, 0.85 - np.hypot(u - 0.55, v)),
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
     "triangle": lambda u, v: np.maximum(0.866 * np.abs(u) - 0.5 * v, v) - 0.6,
-    "cross": _cross,
-    "heart": _heart,
+    "cross": lambda u, v: np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.3), np.maximum(abs(u) - 0.3, abs(v) - 1)),
+    # a square that stands on its corner, joined with two discs on its upper sides
+    "heart": lambda u, v: np.minimum(0.707 * (abs(u) + abs(v - 0.1)), np.hypot(abs(u) - 0.424, v + 0.324)) - 0.6,
     "stripes": lambda u, v: _stripes(u),
     "waves": lambda u, v: _stripes(v + 0.3 * np.sin(2.6 * u)),
     "dots": lambda u, v: np.hypot(u - np.rint(u), v - np.rint(v)) - 0.3,

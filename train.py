@@ -87,7 +87,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
         state = TrainState(args, model, len(loader), precision)
-        run = Run(args, world, device, precision, folder, loader, (val_split or test_split).to(device), test_split,
+        run = Run(args, world, device, precision, folder, loader, val_split or test_split, test_split,
                   build_forward(args, model, device, precision))
         if hardware.should_compile(args.compile, device):
             compile_forward(run, state)
@@ -199,7 +199,7 @@ def compile_forward(run: Run, state: TrainState) -> None:
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
     # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
-    buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.get_rng_state(run.device)
+    buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.rng_module(run.device).get_rng_state()
 
     def probe(compiled: Callable[..., tuple[Tensor, Tensor]]) -> None:
         for images in [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]:
@@ -207,7 +207,7 @@ def compile_forward(run: Run, state: TrainState) -> None:
     run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, probe)
     state.optimizer.zero_grad(set_to_none=True)
     state.totals.zero_()
-    hardware.set_rng_state(rng_state, run.device)
+    hardware.rng_module(run.device).set_rng_state(rng_state)
     torch._foreach_copy_(list(state.model.buffers()), buffers)
 
 

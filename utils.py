@@ -21,9 +21,6 @@ class RunError(Exception):
     """A failed run. The programs print it in one line and exit with status 1."""
 
 
-# --- messages --------------------------------------------------------------------------------------------------------
-
-
 def print_line(text: str, stream: TextIO | None = None, must_succeed: bool = False) -> None:
     """Print to stdout (or `stream`) and flush; a closed pipe, as with `| head -1`, is not an error.
 
@@ -68,9 +65,6 @@ def duration(seconds: float) -> str:
         return f"{max(seconds, 1):.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], Any], backup: Path | None = None) -> None:

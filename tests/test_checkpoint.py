@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import pickle
 import random
@@ -16,7 +15,6 @@ import torch
 
 import checkpoint
 import data
-import hardware
 from checkpoint import load_checkpoint
 from utils import UserError
 
@@ -119,16 +117,6 @@ def test_best_and_metrics_are_written_anew_and_other_files_are_left_alone(damage
     assert run("--resume") == 0
     runs.assert_same_run(stopped, unbroken)
     assert [path.name for path in stopped.glob(".*.tmp")] == [".notes.tmp"]
-
-
-def test_a_checkpoint_of_a_release_that_kept_the_best_weights_in_best_pt_alone(run, stopped, unbroken):
-    saved = runs.read(stopped)
-    del saved["best"]["model"], saved["best"]["selected_on"], saved["machines"]
-    torch.save(saved, stopped / "last.pt")
-    assert run("--resume") == 0
-    assert json.loads((stopped / "results.json").read_text())["machines"] == ["not recorded", hardware.describe(CPU)]
-    for name in ("model", "epoch", "accuracy"):
-        assert runs.difference(runs.read(stopped, "best.pt")[name], runs.read(unbroken, "best.pt")[name]) is None
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -234,8 +222,6 @@ WRONG = {
     "tensor": (lambda path, _: torch.save(torch.zeros(3), path), "damaged or not a"),
     "a class": (edit(config=argparse.Namespace(lr=0.1)), "it holds argparse.Namespace; only tensors and plain values"),
     "no settings": (edit(args=None), "it lacks args"),
-    "other protocol": (lambda path, _: torch.save(torch.load(path), path, pickle_protocol=4),
-                       "without pickle_protocol"),
     "old format": (lambda path, _: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
                    "by torch before 1.6"),
     "other version": (edit(version=1), "version 1, expected 2"),

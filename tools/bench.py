@@ -63,7 +63,7 @@ def build(flags: Sequence[str], train_images: int, test_images: int, folder: Pat
     model = train.build_model(args, None).to(device, memory_format=hardware.memory_format(device))
     loader = data.build_loader(random_split(train_images), args, device, World())
     state = TrainState(args, model, len(loader), precision)
-    split = random_split(test_images).to(device)
+    split = random_split(test_images)
     run = Run(args, World(), device, precision, RunFolder(folder), loader, split, split,
               train.build_forward(args, model, device, precision))
     if hardware.should_compile(args.compile, device):
