@@ -25,7 +25,7 @@ bench: .venv/requirements  ## speed of this program and of the published code
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 
-# The stamp is written last, so that an interrupted set-up is repeated.
+# The stamp is written last, so that an interrupted set-up is repeated. An environment that you have made is used.
 .venv/requirements: requirements.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

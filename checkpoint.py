@@ -136,7 +136,7 @@ class TrainState:
         if self.ema_model:
             load_weights(self.ema_model, saved["ema"], path)
         self.optimizer.load_state_dict(saved["optimizer"])
-        for parameter, state in self.optimizer.state.items():  # in its order in memory, for fused kernels
+        for parameter, state in self.optimizer.state.items():  # fused kernels assume the strides of the parameter
             state |= {name: torch.empty_like(parameter).copy_(value) for name, value in state.items()
                       if getattr(value, "shape", None) == parameter.shape}
         self.scheduler.load_state_dict(saved["scheduler"])

@@ -28,7 +28,7 @@ NVIDIA_FILES = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")  # Li
 
 
 def select(args: Namespace, world: World, threads: int | None = None) -> tuple[torch.device, str]:
-    """Select device, precision and algorithms, and the number of CPU threads that a resumed run has had."""
+    """Select device, precision and algorithms, the same on all ranks, and the CPU threads of a resumed run."""
     device, precision = _select_own(args, world, threads)
     _refuse_mixed(world.gather(f"{device.type} in {precision}"))
     return device, precision
