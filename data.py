@@ -5,6 +5,7 @@ CIFAR-10 is from Learning Multiple Layers of Features from Tiny Images, A. Krizh
 
 import itertools
 import signal
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from process import STOP_SIGNALS
 from utils import UserError
 
 BATCHES_PER_BLOCK = 8  # made at once, so that a GPU has fewer and larger kernels to launch
+# Python 3.14 would start workers through a server, which a signal to the whole job kills, and they end with it
+START_METHOD = "fork" if sys.platform == "linux" else None
 SPLIT_SEED = 20090408  # of --val-size alone: runs with different --seed hold out the same images
 
 
@@ -185,7 +188,8 @@ class WorkersLoader(Loader):
         self.batches: list[list[tuple]] = []
         self.loader = DataLoader(
             ImageDataset(self.images, self.targets, self.args), batch_sampler=self.batches, num_workers=workers,
-            persistent_workers=workers > 0, collate_fn=collate, worker_init_fn=ignore_signals,
+            multiprocessing_context=START_METHOD if workers else None, persistent_workers=workers > 0,
+            collate_fn=collate, worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # for worker seeds, which nothing uses: leave the run's generator alone
             pin_memory=self.device.type == "cuda")
 

@@ -203,7 +203,8 @@ def _run_child(argv: list[str], log: Path, prepare: Callable | None, args: tuple
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(env)
-    multiprocessing.set_start_method(os.environ.get("START_METHOD", "fork"), force=True)  # of the program's workers
+    multiprocessing.set_start_method("forkserver", force=True)  # as Python 3.14 does
+    data.START_METHOD = os.environ.get("START_METHOD") or data.START_METHOD
     torch.set_num_threads(1)
     draw_nothing(pytest.MonkeyPatch())
     if prepare is not None:
