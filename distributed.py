@@ -78,6 +78,10 @@ class World(NamedTuple):
                 dist.broadcast(tensor, src=0, group=_gpu_group() if tensor.is_cuda else None)
 
 
+def _has_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()  # some builds of torch, as for AMD on Windows, lack it
+
+
 def on_every_rank(function: Callable, only_main: bool = False) -> Callable:
     """Decorate a function that all ranks call together, and that ends all of them if it fails on one.
 
@@ -85,7 +89,7 @@ def on_every_rank(function: Callable, only_main: bool = False) -> Callable:
     """
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        world = World(dist.get_rank(), size=dist.get_world_size()) if dist.is_initialized() else World()
+        world = World(dist.get_rank(), size=dist.get_world_size()) if _has_joined() else World()
         result = error = None
         if world.is_main or not only_main:
             try:
@@ -137,7 +141,7 @@ def start() -> World:
 
 def stop() -> None:
     """Leave the other ranks, at the end of a run."""
-    if dist.is_initialized():
+    if _has_joined():
         dist.destroy_process_group()
         _gpu_group.cache_clear()
 

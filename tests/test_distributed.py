@@ -153,6 +153,12 @@ def test_local_rank_and_size_come_from_the_host_names(two, tmp_path):
     assert outputs == ["(0, 0, 3, 2)\n", "(1, 0, 3, 1)\n", "(2, 1, 3, 2)\n"]
 
 
+def test_a_torch_without_ranks_trains(run, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    assert run("--epochs", "1") == 0
+
+
 @pytest.mark.parametrize("has_nccl", [True, False])
 def test_gpu_tensors_use_nccl_where_torch_has_it_on_the_selected_device(has_nccl, monkeypatch):
     calls = []
