@@ -168,9 +168,11 @@ def describe(device: torch.device) -> str:
 
 def environment(device: torch.device, precision: str, compiled: bool, ranks: int) -> dict[str, Any]:
     """Return what must match for a bitwise-identical continuation."""
+    is_cuda = device.type == "cuda"
     return {"device": device.type, "hardware": describe(device), "precision": precision, "compile": compiled,
             "ranks": ranks, "threads": torch.get_num_threads() if device.type == "cpu" else None,
-            "torch": str(torch.__version__), "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None}
+            "deterministic": torch.are_deterministic_algorithms_enabled() if is_cuda else None,
+            "torch": str(torch.__version__), "cudnn": torch.backends.cudnn.version() if is_cuda else None}
 
 
 def versions() -> dict[str, Any]:

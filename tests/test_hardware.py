@@ -160,7 +160,8 @@ def test_the_name_of_the_processor(monkeypatch, system, text, expected):
 @pytest.mark.parametrize(("changes", "cores", "threads", "warning"), [
     ({"hardware": "Intel", "torch": "2.10"}, 2, "1 thread", "hardware Intel -> {}, torch 2.10 -> {}"),
     ({"hardware": None, "torch": None, "cudnn": None}, 2, "1 thread", ""),  # an old checkpoint lacks them
-    ({"threads": 2}, 1, "1 thread", "threads 2 -> 1"), ({"threads": 2}, 2, "2 threads", "")])
+    ({"threads": 2, "deterministic": True}, 1, "1 thread", "threads 2 -> 1, deterministic True -> None"),
+    ({"threads": 2}, 2, "2 threads", "")])
 def test_resume_restores_the_threads_and_names_another_machine(run, tmp_path, monkeypatch, capsys, changes, cores,
                                                                threads, warning):
     monkeypatch.setattr(hardware, "count_cores", lambda: cores)
