@@ -302,5 +302,5 @@ def print_if_finished(folder: RunFolder, checkpoint: dict[str, Any], args: Names
         return False
     text = describe_results(json.loads(file.read_text()), folder.path)
     print_line(f"this run is finished: {file}\n{text}\nto train longer, start a new run with --init-from "
-               f"{shlex.quote(str(folder.best))} --output-dir NEW")
+               f"{shlex.quote(folder.best.as_posix())} --output-dir NEW")
     return True

@@ -355,7 +355,7 @@ def print_stopped(run: Run, state: TrainState, status: int) -> int:
     """Print where a signal stopped the run, and the command that resumes it; return the exit status."""
     if run.world.is_main:
         launcher = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.local_size}"
-        command = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(run.folder.path))}"
+        command = f"{launcher} {shlex.quote(sys.argv[0])} --resume {shlex.quote(run.folder.path.as_posix())}"
         print_line(f"stopped {place(run, state)}, all saved; resume with: {command}")
     return status
 
