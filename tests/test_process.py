@@ -56,12 +56,12 @@ def test_the_same_ctrl_c_delivered_twice_counts_once(monkeypatch):
     """As a terminal and torchrun may do."""
     times, ended = iter([100.0, 100.4, 100.6]), []
     monkeypatch.setattr(process.time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    monkeypatch.setattr(signal, "raise_signal", lambda number: ended.append((number, signal.getsignal(number))))
     with process.Signals(quiet=True) as signals:
         for _ in range(3):
             assert not ended
             os.kill(os.getpid(), signal.SIGINT)
-    assert signals.stop == 130 and ended == [signal.SIGINT]
+    assert signals.stop == 130 and ended == [(signal.SIGINT, signal.SIG_DFL)]
 
 
 @pytest.mark.parametrize("error, line, status", [
