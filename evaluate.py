@@ -147,8 +147,8 @@ def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu") 
 
 def build_parser() -> options.Parser:
     """Build the parser of evaluate.py."""
-    parser = options.Parser("evaluate.py", "CHECKPOINT [flags]", "Print the test accuracy of a checkpoint, without "
-                            "--data-dir and --synthetic on the data that it was trained with.",
+    parser = options.Parser("evaluate.py", "CHECKPOINT [flags]", "Print the test accuracy of a checkpoint. "
+                            "Without --data-dir and --synthetic, the data set is that of its training.",
                             ["python evaluate.py checkpoints/pretrained.pt --tta",
                              "python evaluate.py checkpoints/se-resnet/best.pt --output-dir report"])
     parser.add_argument("checkpoint", metavar="CHECKPOINT",

@@ -182,11 +182,11 @@ def add_optimization_flags(parser: Parser) -> None:
     flag("--epochs", 200, "passes over the training set", type=positive)
     flag("--batch-size", 128, "images per step, summed over all ranks", type=positive)
     flag("--optimizer", "sgd", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS))
-    flag("--lr", None, "highest learning rate; for muon of the blocks' convolutions, doubled for all others (default: "
+    flag("--lr", None, "highest learning rate; for muon that of blocks' convolutions, doubled for all others (default: "
          + ", ".join(f"{lr:g} for {name}" for name, (_, lr) in OPTIMIZERS.items()) + ")", type=number)
     flag("--momentum", 0.9, f"momentum of {', '.join(USES_MOMENTUM)}", type=number)
     flag("--nesterov", False, "Nesterov momentum, for sgd")
-    flag("--weight-decay", 5e-4, "weight decay of all parameters; with muon not of blocks' convolutions", type=number)
+    flag("--weight-decay", 5e-4, "weight decay of all parameters; for muon, not of blocks' convolutions", type=number)
     flag("--bias-lr", 1.0, "learning rate of the biases of batch norm, as a multiple of the others' (arXiv 2404.00498)",
          type=at_least(1, float))
     flag("--scheduler", "cosine", "cosine, onecycle (also cycles the momentum) or constant", choices=SCHEDULERS)

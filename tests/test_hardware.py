@@ -157,6 +157,13 @@ def test_the_name_of_the_processor(monkeypatch, system, text, expected):
     assert hardware.processor.__wrapped__() == expected
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("cuda", True), ("cpu", None)])
+def test_only_cuda_depends_on_deterministic_algorithms(kind, expected, monkeypatch):
+    monkeypatch.setattr(hardware, "describe", str)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert hardware.environment(torch.device(kind), "fp32", False, 1)["deterministic"] is expected
+
+
 @pytest.mark.parametrize(("changes", "cores", "threads", "warning"), [
     ({"hardware": "Intel", "torch": "2.10"}, 2, "1 thread", "hardware Intel -> {}, torch 2.10 -> {}"),
     ({"hardware": None, "torch": None, "cudnn": None}, 2, "1 thread", ""),  # an old checkpoint lacks them
