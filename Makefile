@@ -1,6 +1,7 @@
 # Every target does its own set-up. All you need is Python 3.10 or newer and make.
 PYTHON ?= python3
 BIN := .venv/bin
+CHECK := 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 
 .PHONY: demo train test test-slow lint bench clean
 
@@ -27,7 +28,7 @@ clean:
 
 # The stamp is written last, so that an interrupted set-up is repeated. An environment that you have made is used.
 .venv/requirements: requirements.txt
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || { $(PYTHON) -c $(CHECK) && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 

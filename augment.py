@@ -46,17 +46,13 @@ def random_params(count: int, seed: int, epoch: int) -> Params:
                   *trivial_augment.random_params(count, seed, epoch))
 
 
-class MixParams(NamedTuple):
-    """How the batches of an epoch are mixed, one row per step, on the CPU."""
+def random_mix_params(steps: int, seed: int, epoch: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Make the table for MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), one row per step, on the CPU.
 
-    lam: Tensor  # (S,) float32, the weight of each image's own pixels and label
-    box: Tensor  # (S, 4) int64: top, bottom, left, right of what CutMix pastes; empty where MixUp blends
-
-
-def random_mix_params(steps: int, seed: int, epoch: int, mixup: float, cutmix: float) -> MixParams:
-    """Make the table for MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), lam from Beta(A, A).
-
-    A is `mixup` or `cutmix`; with both, each batch uses one of them.
+    Returns:
+        lam (S,) float32 from Beta(A, A), the weight of each image's own pixels and label, where A is `mixup` or
+        `cutmix`; with both, each batch uses one of them. And (S, 4) int64: top, bottom, left, right of the box that
+        CutMix pastes; empty where MixUp blends.
     """
     rng = np.random.default_rng([seed, epoch, 2])  # a stream of its own: the crops stay the same
     cuts = rng.random(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))
@@ -67,7 +63,7 @@ def random_mix_params(steps: int, seed: int, epoch: int, mixup: float, cutmix: f
     low, high = low * cuts[:, None], high * cuts[:, None]
     box = np.stack((low[:, 0], high[:, 0], low[:, 1], high[:, 1]), 1)
     lam = np.where(cuts, 1 - (high - low).prod(1) / SIZE**2, lam)  # of the box inside the image
-    return MixParams(torch.from_numpy(lam.astype(np.float32)), torch.from_numpy(box))
+    return torch.from_numpy(lam.astype(np.float32)), torch.from_numpy(box)
 
 
 def mix(inputs: Tensor, lam: Tensor, box: list[int]) -> Tensor:
@@ -106,8 +102,6 @@ def to_input(images: Tensor, normalize: bool = True) -> Tensor:
 
     Bitwise identical to torchvision's ToTensor and Normalize; without `normalize` the values lie in [0, 1].
     """
-    if images.dtype != torch.uint8:  # floats would be divided by 255 a second time
-        raise ValueError(f"expected uint8 images, got {images.dtype}")
     mean, std, largest = _constants(images.device)
     inputs = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format(images.device))
     inputs.div_(largest)  # by a plain number, CUDA would multiply by 1 / 255

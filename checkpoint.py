@@ -148,8 +148,8 @@ class TrainState:
             self.totals.copy_(saved["totals"][world.rank])
         elif world.is_main:
             self.totals.copy_(torch.stack(saved["totals"]).sum(0))
-        rng = saved["rng"][world.rank % len(saved["rng"])]
-        if self.device.type in rng:
+        rng = saved["rng"][world.rank] if world.rank < len(saved["rng"]) else {}
+        if self.device.type in rng:  # other ranks keep their own seed, or their dropout would be the same
             rng_module(self.device).set_rng_state(rng[self.device.type])
         if self.scheduler.last_epoch != self.epoch * self.steps_per_epoch + self.step:
             raise UserError(f"{path} does not fit {self.steps_per_epoch} steps an epoch; has the training set changed?")
@@ -179,6 +179,9 @@ class RunFolder:
             raise UserError(f"--resume: no run in {self.path}; use --resume auto to start one")
         self.lock()
         checkpoint = self.load()
+        if "output_dir" in given and os.path.realpath(args.output_dir) != os.path.realpath(self.path):
+            warn(f"--output-dir {args.output_dir} is not used; the run continues in {self.path}")
+            args.output_dir = str(self.path)
         return merge_saved(args, given, checkpoint["args"], True), checkpoint, None
 
     @on_main_rank

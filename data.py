@@ -139,8 +139,8 @@ class Loader:
     def mix(self, batches: Iterator[tuple[Tensor, Tensor]], epoch: int, first_step: int
             ) -> Iterator[tuple[Tensor, ...]]:
         """Mix the images of each batch; adds targets_b and lam."""
-        mix = augment.random_mix_params(len(self), self.args.seed, epoch, self.args.mixup, self.args.cutmix)
-        lam, boxes = mix.lam.to(self.device), mix.box.tolist()
+        lam, boxes = augment.random_mix_params(len(self), self.args.seed, epoch, self.args.mixup, self.args.cutmix)
+        lam, boxes = lam.to(self.device), boxes.tolist()
         for step, (inputs, targets) in enumerate(batches, first_step):
             yield augment.mix(inputs, lam[step], boxes[step]), targets[1:], targets[:-1], lam[step]
 

@@ -54,14 +54,16 @@ def get_folder(data_dir: str | Path) -> Path:
             partial.unlink(missing_ok=True)
         return find_folder(data_dir)
     except OSError as error:
-        raise UserError(f"no CIFAR-10 in {data_dir}, and it could not be downloaded ({error}); --data-dir takes the "
-                        f"folder {FOLDER}, the folder that holds it, or the file {ARCHIVE}") from error
+        problem = f"{ARCHIVE} could not be unpacked there" if is_given else "it could not be downloaded"
+        raise UserError(f"no CIFAR-10 in {data_dir}, and {problem} ({error}); --data-dir takes the folder {FOLDER}, "
+                        f"the folder that holds it, or the file {ARCHIVE}") from error
 
 
 def _unpack(file: BinaryIO, data_dir: Path) -> None:
     """Unpack the archive, all of it or nothing."""
     if (found := _digest(file)) != MD5:
-        raise UserError(f"{file.name} is not the official {ARCHIVE}: found MD5 {found}, expected {MD5}")
+        raise UserError(f"{file.name} is not the official {ARCHIVE}: found MD5 {found}, expected {MD5}; delete it "
+                        "to download it again")
     file.seek(0)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch, tarfile.open(fileobj=file) as tar:
         tar.extraction_filter = getattr(tarfile, "data_filter", None)  # without it, Python 3.12 and 3.13 warn

@@ -1,14 +1,15 @@
 """Evaluate a network: logits, loss, accuracy, precision, recall, calibration. As a program: evaluate a checkpoint."""
 
-from process import program, set_up_process
+from process import Signals, program, set_up_process
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported, which takes seconds
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,12 @@ def progress(items: Iterable, title: str | None) -> tqdm:
 @torch.inference_mode()
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device | str, precision: str = "fp32",
                    normalize: bool = True, tta: bool = False, world: World | None = None,
-                   title: str | None = "evaluating") -> Tensor:
+                   title: str | None = "evaluating", signals: Signals | None = None) -> Tensor:
     """Run a network over images (N, 32, 32, 3) uint8 in evaluation mode: (N, 10) float32 on `device`.
 
     `tta` averages the probabilities over six views of each image, and returns their logarithms. The ranks of `world`
-    share the batches, and all get the result; rank 0 shows a progress bar with this title.
+    share the batches, and all get the result; rank 0 shows a progress bar with this title. Once `signals` has recorded
+    one, the rest of the rows stays 0.
     """
     world, device = world or World(), torch.device(device)
     training = model.training
@@ -54,6 +56,8 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device | str,
     size = CPU_BATCH_SIZE if device.type == "cpu" else BATCH_SIZE
     starts = range(world.rank * size, len(images), world.size * size)
     for start in progress(starts, title if world.is_main else None):
+        if signals and signals.stop:
+            break
         inputs = to_input(images[start:start + size].to(device), normalize)
         with hardware.autocast(device, precision):
             if tta:
@@ -124,25 +128,37 @@ def draw_pictures(folder: Path, logits: Tensor, split: data.Split) -> None:
                       folder / "mistakes.png")
 
 
-class CheckpointInfo(NamedTuple):
-    """Classes, normalization and settings of a checkpoint."""
+def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu"
+                          ) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """Build the network of a checkpoint, for `augment.to_input`'s images, with its averaged weights if it has them.
 
-    classes: list[str]
-    normalize: bool
-    args: dict[str, Any]  # settings of its training; empty for a published checkpoint
-
-
-def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, CheckpointInfo]:
-    """Build the network of a checkpoint, for `augment.to_input`'s images, with its averaged weights if it has them."""
+    Also returns its classes and the settings of its training; of a published checkpoint those are only "normalize".
+    """
     checkpoint = load_checkpoint(path)
-    args = checkpoint["args"]
+    settings = {"normalize": True} | checkpoint["args"]
     try:
-        model = models.SEResNet(**options.model_args(args))
+        model = models.SEResNet(**options.model_args(settings))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not describe a network ({error})") from error
     load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
-    info = CheckpointInfo(checkpoint.get("classes", list(cifar10.CLASSES)), args.get("normalize", True), args)
-    return model.to(device, memory_format=hardware.memory_format(device)).eval(), info
+    model = model.to(device, memory_format=hardware.memory_format(device)).eval()
+    return model, checkpoint.get("classes", list(cifar10.CLASSES)), settings
+
+
+def load_test_split(args: Namespace, given: dict[str, Any], settings: dict[str, Any]) -> data.Split:
+    """Read the test set that the flags name, by default that of a checkpoint's training, from its settings."""
+    is_synthetic = given.get("synthetic", settings.get("synthetic", False))
+    folder = settings.get("data_dir", args.data_dir)  # relative to where the training ran
+    if "data_dir" in given or not cifar10.find_folder(folder):
+        folder = args.data_dir
+    return data.load_split(folder, cifar10.TEST_FILES, is_synthetic, args.limit_test)
+
+
+def check_classes(path: str, trained: Sequence[str], found: Sequence[str]) -> None:
+    """Refuse images of other classes than a checkpoint was trained on."""
+    if list(trained) != list(found):
+        raise UserError(f"{path} was trained on the classes {', '.join(trained)}, but the images show "
+                        f"{', '.join(found)}; check --synthetic and --data-dir")
 
 
 def build_parser() -> options.Parser:
@@ -165,21 +181,13 @@ def build_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate the checkpoint that a command line names; return the exit status."""
     args, given = build_parser().parse(argv)
-    device = hardware.select_device(args.device)
-    hardware.set_up_backend(device)
-    model, info = load_checkpoint_model(args.checkpoint, device)
+    device, precision = hardware.select(args)
+    model, classes, settings = load_checkpoint_model(args.checkpoint, device)
     if args.output_dir:
         check_output(Path(args.output_dir) / "confusion.png")
-    args.synthetic = given.get("synthetic", info.args.get("synthetic", False))
-    folder = info.args.get("data_dir", args.data_dir)  # relative to where the training ran
-    if "data_dir" not in given and cifar10.find_folder(folder):
-        args.data_dir = folder
-    test = data.load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
-    if info.classes != test.classes:
-        raise UserError(f"{args.checkpoint} was trained on {', '.join(info.classes)}, but the images show "
-                        f"{', '.join(test.classes)}; check --synthetic and --data-dir")
-    logits = predict_logits(model, test.images, device, hardware.select_precision(args.precision, device),
-                            info.normalize, args.tta)
+    test = load_test_split(args, given, settings)
+    check_classes(args.checkpoint, classes, test.classes)
+    logits = predict_logits(model, test.images, device, precision, settings["normalize"], args.tta)
     loss, accuracy = score(logits, test.targets)
     print_line(f"{args.checkpoint}: test accuracy {accuracy:.2f}%, loss {loss:.4f}, {len(test.targets):,} images"
                + (", averaged over flips and shifts" if args.tta else ""))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed import on_every_rank
-from hardware import CPU, PRECISIONS, autocast, describe, first_line, memory_format
+from hardware import CPU, PRECISIONS, autocast, describe, memory_format
 from utils import RunError
 
 # The largest relative errors that are accepted; results/gradient-check has those that rounding causes.
@@ -40,7 +40,7 @@ def check_gradients(model: nn.Module, build_forward: Callable[..., Callable], de
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a device or its driver may raise
-        verb, reason = "cannot compute", f"{type(error).__name__}: {first_line(error)}"
+        verb, reason = "cannot compute", f"{type(error).__name__}: {error}".partition("\n")[0]
     else:
         # cuDNN computes fp32 in TF32, which has the mantissa of fp16
         if error < TOLERANCES["fp16" if precision == "fp32" and device.type == "cuda" else precision]:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distributed import World, on_every_rank, on_main_rank
@@ -27,21 +26,24 @@ CPU = torch.device("cpu")
 NVIDIA_FILES = ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")  # Linux, WSL, a container
 
 
-def select(args: Namespace, world: World, threads: int | None = None) -> tuple[torch.device, str]:
-    """Select device, precision and algorithms, the same on all ranks, and the CPU threads of a resumed run."""
-    device, precision = _select_own(args, world, threads)
+def select(args: Namespace, world: World | None = None, before: dict[str, Any] | None = None
+           ) -> tuple[torch.device, str]:
+    """Select device, precision and algorithms, the same on all ranks; `before` is the environment of a resumed run."""
+    world = world or World()
+    device, precision = _select_own(args, world, before or {})
     _refuse_mixed(world.gather(f"{device.type} in {precision}"))
     return device, precision
 
 
 @on_every_rank
-def _select_own(args: Namespace, world: World, threads: int | None) -> tuple[torch.device, str]:
-    if threads and threads <= count_cores():  # the order of sums depends on it
-        torch.set_num_threads(threads)
+def _select_own(args: Namespace, world: World, before: dict[str, Any]) -> tuple[torch.device, str]:
+    is_same = (before.get("ranks"), before.get("hardware", describe(CPU))) == (world.size, describe(CPU))
+    if is_same and before["threads"] and before["threads"] <= count_cores():  # the order of sums depends on them
+        torch.set_num_threads(before["threads"])
     device = select_device(args.device, world.local_rank)
     if device.type == "mps" and world.size > 1:  # pytorch issue 160732
         raise UserError("torch cannot exchange gradients between Apple GPUs; use one process, or --device cpu")
-    set_up_backend(device, args.deterministic)
+    set_up_backend(device, getattr(args, "deterministic", False))  # a flag of train.py
     return device, select_precision(args.precision, device)
 
 
@@ -72,7 +74,8 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
         torch.cuda.set_device(device)
         torch.ones(2, device=device).sum().item()  # it may be full, busy, or older than the build's kernels
     except RuntimeError as error:
-        raise UserError(f"{describe(device)} cannot be used ({first_line(error)}); torch {torch.__version__} has "
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"{describe(device)} cannot be used ({cause}); torch {torch.__version__} has "
                         f"kernels for {' '.join(torch.cuda.get_arch_list())}, its cu126 build also for older GPUs; or "
                         "use --device cpu") from error
     return device
@@ -114,11 +117,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def count_cores() -> int:
     """Count the cores that this process may use; a queue or a container may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, shortened."""
-    return f"{(str(error).strip().splitlines() or [''])[0]:.150}"
 
 
 def set_up_backend(device: torch.device, deterministic: bool = False) -> None:
@@ -178,7 +176,7 @@ def environment(device: torch.device, precision: str, compiled: bool, ranks: int
 def versions() -> dict[str, Any]:
     """Return the versions that results.json records; cudnn is None in a build without it."""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": importlib.metadata.version("torchvision"), "numpy": np.__version__,
+            "torchvision": importlib.metadata.version("torchvision"), "numpy": importlib.metadata.version("numpy"),
             "cudnn": torch.backends.cudnn.version()}
 
 
@@ -205,7 +203,7 @@ def compile_or_warn(function: Callable, device: torch.device, probe: Callable[[C
             probe(compiled)
         torch.get_device_module(device).synchronize()  # an error of a kernel appears here, not in the first step
     except Exception as error:  # whatever Dynamo, Inductor, Triton or a missing C compiler may raise
-        warn(f"torch.compile failed ({type(error).__name__}: {first_line(error)}); training without it")
+        warn(f"torch.compile failed ({type(error).__name__}: {str(error):.200}); training without it")
     else:
         if counters["inductor"]["cudagraph_skips"] > skips:
             warn("compiled, but without CUDA graphs, so small steps are slower; TORCH_LOGS=cudagraphs tells why")

@@ -204,7 +204,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, 
     """
     parser = build_parser()
     args, given = parser.parse(argv)
-    for name in ("overwrite", "init_from"):
+    for name in ("overwrite", "init_from", "summary"):
         if args.resume is not None and given.get(name):
             parser.error(f"--resume continues a run; leave out {flag_of(name)}")
     if args.resume not in (None, "auto"):  # the settings come from the checkpoint
@@ -270,7 +270,7 @@ def merge_saved(args: Namespace, given: dict[str, Any], saved: dict[str, Any], r
     """Take the settings of a resumed run from its checkpoint, or the network of `--init-from`; refuse others."""
     if resumes:  # an older release may not have had a flag; it did what is now its default
         saved = {name: value for name, value in build_parser().defaults.items() if name not in COMMANDS} | saved
-    fixed = [name for name in saved if (name not in FREE_ON_RESUME if resumes else name in MODEL_FLAGS)]
+    fixed = [name for name in saved if (name not in FREE_ON_RESUME if resumes else name in (*MODEL_FLAGS, "normalize"))]
     for name, value in given.items():
         if name in fixed and value != saved[name]:
             raise UserError(f"{flag_of(name)} {typed(value)} differs from the checkpoint's {typed(saved[name])}; leave "

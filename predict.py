@@ -30,8 +30,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, list[str]]:
     """Load a network in evaluation mode, (N, 3, 32, 32) floats in [0, 1] to logits (N, 10), and its class names."""
-    model, info = load_checkpoint_model(path, device)
-    return Normalized(model, info.normalize).to(device).eval(), info.classes
+    model, classes, settings = load_checkpoint_model(path, device)
+    return Normalized(model, settings["normalize"]).to(device).eval(), classes
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -133,20 +133,19 @@ def build_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Label the images that a command line names; return the exit status."""
     args, _ = build_parser().parse(argv)
-    device = hardware.select_device(args.device)
-    hardware.set_up_backend(device)
+    device, precision = hardware.select(args)
     files = find_images(args.images)
     inputs = [args.checkpoint, *args.images, *files]
     for path in (args.output, args.picture):
         if path not in ("-", None):
             check_output(path, inputs)
             inputs.append(path)  # the picture must not replace the labels
-    model, info = load_checkpoint_model(args.checkpoint, device)
+    model, classes, settings = load_checkpoint_model(args.checkpoint, device)
     images, names = read_images(files) if files else read_pickles(args.images)
-    logits = predict_logits(model, torch.from_numpy(images), device, hardware.select_precision(args.precision, device),
-                            info.normalize, args.tta, title="labeling")
+    logits = predict_logits(model, torch.from_numpy(images), device, precision, settings["normalize"], args.tta,
+                            title="labeling")
     probabilities, labels = (values.tolist() for values in logits.softmax(1).max(1))
-    predictions = [info.classes[label] for label in labels]
+    predictions = [classes[label] for label in labels]
     if files:
         columns = ("path", *names), ("class", *predictions), ("probability", *(f"{p:.4f}" for p in probabilities))
     else:

@@ -39,6 +39,7 @@ def set_up_process() -> None:
         _exit_statuses.append(EXIT_STATUS[number])
         sys.exit(EXIT_STATUS[number])
 
+    _exit_statuses.clear()  # a notebook keeps this module from one %run to the next
     for number in STOP_SIGNALS:
         signal.signal(number, leave)
     # Let torch's threads sleep while they wait: if they spin, they take the cores from each other on a busy machine.

@@ -82,7 +82,7 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
         args, checkpoint, weights = folder.open(args, given)
         if checkpoint is not None and print_if_finished(folder, checkpoint, args):
             return 0
-        device, precision = hardware.select(args, world, checkpoint and checkpoint["environment"]["threads"])
+        device, precision = hardware.select(args, world, checkpoint and checkpoint["environment"])
         model = build_model(args, weights).to(device, memory_format=hardware.memory_format(device))
         train_split, val_split, test_split = data.load_data(args, world)
         loader = data.build_loader(train_split, args, device, world)
@@ -104,13 +104,11 @@ def train(args: Namespace, given: dict[str, Any]) -> int:
             print_line(describe(run, state))
         with Signals(quiet=not world.is_main) as signals, contextlib.closing(loader):
             while state.epoch < args.epochs:
-                if status := train_one_epoch(run, state, signals):
+                if status := train_one_epoch(run, state, signals) or finish_epoch(run, state, signals):
                     return print_stopped(run, state, status)
-                finish_epoch(run, state)
             save(run, state, must_succeed=True)
-            if status := world.max([signals.stop or 0])[0]:  # it came during the last evaluation
+            if status := finish_run(run, state, signals):
                 return print_stopped(run, state, status)
-            finish_run(run, state)
     return 0
 
 
@@ -193,21 +191,21 @@ def build_forward(args: Namespace, model: nn.Module, device: torch.device, preci
 
 
 def compile_forward(run: Run, state: TrainState) -> None:
-    """Compile the forward function for full batches, and try it on black images; the state is left as it was."""
+    """Compile the forward function for full batches, and try it on black images; only random states change."""
+    if run.world.is_main:
+        print_line("compiling: this takes a minute or more (--no-compile skips it)")
     size = len(run.loader.shard(0))
     inputs = augment.to_input(torch.zeros(size, augment.SIZE, augment.SIZE, 3, dtype=torch.uint8, device=run.device))
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
     # targets_b must be a separate tensor, or the compiler assumes that both are always the same one
     mix = (targets.clone(), torch.ones((), device=run.device)) if run.loader.mixes else ()
-    buffers, rng_state = [b.clone() for b in state.model.buffers()], hardware.rng_module(run.device).get_rng_state()
+    buffers = [buffer.clone() for buffer in state.model.buffers()]
 
     def probe(compiled: Callable[..., tuple[Tensor, Tensor]]) -> None:
         for images in [inputs, augment.shrink(inputs)] if run.args.small_epochs else [inputs]:
             forward_backward(state, compiled, size, images, targets, *mix)
     run.compiled_forward = hardware.compile_or_warn(run.forward, run.device, probe)
-    state.optimizer.zero_grad(set_to_none=True)
     state.totals.zero_()
-    hardware.rng_module(run.device).set_rng_state(rng_state)
     torch._foreach_copy_(list(state.model.buffers()), buffers)
 
 
@@ -260,13 +258,19 @@ def raise_diverged(run: Run, state: TrainState, what: str) -> None:
                    f"smaller --lr, or --precision fp32 (the last checkpoint is {run.folder.last})")
 
 
-def finish_epoch(run: Run, state: TrainState) -> None:
-    """Evaluate, append the epoch's row to the history, and keep the weights if they are the best so far."""
+def finish_epoch(run: Run, state: TrainState, signals: Signals) -> int | None:
+    """Evaluate, append the epoch's row to the history, and keep the weights if they are the best so far.
+
+    A signal ends the evaluation; then the state after the epoch's last step is saved, and an exit status returned.
+    """
     run.world.broadcast(list(state.eval_model.buffers()))  # evaluate with the batch norm statistics of rank 0
     train_loss, train_accuracy = train_metrics(run, state, len(run.loader.targets))
     start = time.perf_counter()
-    run.logits = evaluate.predict_logits(state.eval_model, run.eval_split.images, run.device, run.precision,
-                                         run.args.normalize, world=run.world)
+    logits = predict_logits(run, state, run.eval_split, signals)
+    if status := run.world.max([signals.stop or 0])[0]:
+        save(run, state, must_succeed=True)
+        return status
+    run.logits = logits
     loss, accuracy = evaluate.score(run.logits, run.eval_split.targets)
     seconds, rate = state.seconds + time.perf_counter() - start, len(run.loader.targets) / state.seconds
     prefix = "val" if run.args.val_size else "test"
@@ -283,6 +287,12 @@ def finish_epoch(run: Run, state: TrainState) -> None:
         print_line(f"epoch {state.epoch}/{run.args.epochs}  training loss {train_loss:.4f}, accuracy "
                    f"{train_accuracy:.2f}%  {run.selected_on} loss {loss:.4f}, accuracy {accuracy:.2f}%  "
                    f"lr {state.lr:.4g}  {rate:.0f} images/s")
+
+
+def predict_logits(run: Run, state: TrainState, split: data.Split, signals: Signals) -> Tensor:
+    """Evaluate the network on a split, or a part of it if a signal has come."""
+    return evaluate.predict_logits(state.eval_model, split.images, run.device, run.precision, run.args.normalize,
+                                   world=run.world, signals=signals)
 
 
 def save(run: Run, state: TrainState, must_succeed: bool = False) -> None:
@@ -360,16 +370,15 @@ def print_stopped(run: Run, state: TrainState, status: int) -> int:
     return status
 
 
-def finish_run(run: Run, state: TrainState) -> None:
-    """Evaluate on the test set, write results.json and the pictures, and print the outcome."""
+def finish_run(run: Run, state: TrainState, signals: Signals) -> int | None:
+    """Evaluate on the test set, draw, write results.json, print the outcome; return an exit status if a signal came."""
     best, test_split, logits, has_val = state.best, run.test_split, run.logits, run.args.val_size > 0
     if has_val:
         state.eval_model.load_state_dict(best["model"])
     if has_val or logits is None:  # otherwise the last evaluation was this one
-        logits = evaluate.predict_logits(state.eval_model, test_split.images, run.device, run.precision,
-                                         run.args.normalize, world=run.world)
-    if not run.world.is_main:
-        return
+        logits = predict_logits(run, state, test_split, signals)
+    if (status := run.world.max([signals.stop or 0])[0]) or not run.world.is_main:
+        return status
     results = {"last_accuracy": state.history[-1]["val_accuracy" if has_val else "test_accuracy"],
                "best_accuracy": best["accuracy"], "best_epoch": best["epoch"], "selected_on": run.selected_on,
                "test_accuracy": evaluate.score(logits, test_split.targets)[1],
@@ -380,8 +389,8 @@ def finish_run(run: Run, state: TrainState) -> None:
                "per_class": evaluate.per_class(logits, test_split.targets, test_split.classes),
                "calibration_error": evaluate.calibration_error(logits, test_split.targets), **run.environment,
                "device": hardware.describe(run.device), "machines": state.machines, "versions": hardware.versions()}
-    write_text(run.folder.path / "results.json", json.dumps(results, indent=2) + "\n")
     evaluate.draw_pictures(run.folder.path, logits, test_split)
+    write_text(run.folder.path / "results.json", json.dumps(results, indent=2) + "\n")  # the run is finished now
     print_line(describe_results(results, run.folder.path))
 
 

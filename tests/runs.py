@@ -77,13 +77,14 @@ def stop(run: Callable[..., int], place: str, *flags: str, number: int = signal.
     """Run until one of the `PLACES`; stop there by a signal, or `between` epochs without one, after saving."""
     finish_epoch, (epoch, step) = train.finish_epoch, PLACES[place]
 
-    def finish_and_stop(run, state):
-        finish_epoch(run, state)
-        if place == "evaluation" and state.epoch == epoch:
+    def finish_and_stop(run, state, signals):
+        if place == "evaluation" and state.epoch + 1 == epoch:
             signal.raise_signal(number)
+        status = finish_epoch(run, state, signals)
         if place == "between" and state.epoch == epoch:
             train.save(run, state)
             raise KeyboardInterrupt
+        return status
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", train.train_step)  # restores it

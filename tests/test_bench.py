@@ -33,7 +33,7 @@ def set_up(patch) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
     """What the benchmark writes for a tiny network."""
-    file, before = tmp_path_factory.mktemp("bench") / "cpu.json", set(multiprocessing.active_children())
+    file, before = tmp_path_factory.mktemp("bench") / "new/cpu.json", set(multiprocessing.active_children())
     with pytest.MonkeyPatch.context() as patch:
         set_up(patch)
         matmul, build, settings = torch.backends.cuda.matmul, bench.build, []
@@ -84,7 +84,8 @@ def test_all_sections_are_measured_and_values_follow_from_each_other(results):
 
 
 def test_rates_count_the_images_of_their_steps(tmp_path, monkeypatch):
-    run, state = bench.build(TINY, 80, 10, tmp_path)
+    run, state = bench.build([*TINY, "--small-epochs", "2"], 80, 10, tmp_path)
+    assert all(inputs.shape[-1] == 32 for inputs, _ in run.loader.epoch(0))
     monkeypatch.setattr(bench, "seconds", lambda device, action, count=1: action() and None or 2.0)
     assert bench.whole_rate(run, state, 2) == (32 + 16) / 2
     assert bench.loader_rate(run.loader, 1) == 16 / 2

@@ -95,7 +95,6 @@ def test_files_of_other_versions_are_read(file, protocol):
     ({b"data": PLANES[:0], b"labels": []}, "found data uint8 (0, 3072); expected"),
     ({b"data": PLANES.tobytes()}, "found data a bytes; expected"),
     ({b"data": np.array(["cat", "dog"])}, "no CIFAR-10 batch file of the Python version (UnpicklingError: the dtype"),
-    ({b"data": np.ma.masked_array(PLANES)}, "the file names numpy.ma"),
 ])
 def test_bad_values_are_refused(file, change, found):
     reader = cifar10.read_unlabeled if b"ids" in change else cifar10.read_labeled
@@ -105,7 +104,6 @@ def test_bad_values_are_refused(file, change, found):
 @pytest.mark.parametrize("content, found", [
     ({b"data": PLANES, b"fine_labels": [], "\n": 1}, r"found the keys ['data', 'fine_labels', '\n']; expected labels"),
     ({}, "found the keys []; expected data and labels"),
-    ([LABELS], "(UnpicklingError: a list"),
     (pickle.dumps(GOOD) + b"\n", "(UnpicklingError: a dict, or more than that"),
     (b"", "no CIFAR-10 batch file of the Python version (EOFError: Ran out of input)"),
     (b"<!DOCTYPE html>", "no CIFAR-10"),

@@ -19,7 +19,7 @@ NAMES = [operation.__name__ for operation in ops.CORRUPTIONS]
 
 def test_every_corruption_is_measured_and_an_interrupted_measurement_continues(trained, test_set, tmp_path, monkeypatch,
                                                                               refused, capsys):
-    argv = [str(trained), "--synthetic", "--limit-test", "8", "--device", "cpu", "--precision", "fp32", "--output"]
+    argv = [str(trained), "--limit-test", "8", "--device", "cpu", "--precision", "fp32", "--output"]
     monkeypatch.setattr(ops, "BLOCK", 8)
     whole, part = tmp_path / "new" / "folder" / "whole.json", tmp_path / "part.json"
     assert corruptions.main([*argv, str(whole)]) == 0
@@ -110,10 +110,8 @@ def test_malformed_files_are_refused_and_never_run(folder, name, write, message)
 @pytest.mark.parametrize("flags, message", [
     (["--test-dir", "{}/empty"], "expected files of CIFAR-10-C"),
     (["--test-dir", "{}", "--limit-test", "7"], "--limit-test 7"),
-    (["--test-dir", "{}", "--synthetic"], "cannot be combined"),
     (["--test-dir", "{}"], "was trained on the classes"),
     (["--synthetic", "--output", "{}"], "cannot write to {}"),
-    (["--synthetic", "--output", "{}/fog.npy/out.json"], "fog.npy"),
 ])
 def test_mistakes_are_one_line(trained, folder, monkeypatch, refused, flags, message):
     monkeypatch.setattr(corruptions, "measure", None)  # found before anything is computed

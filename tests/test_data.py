@@ -115,7 +115,7 @@ def test_batches_are_mixed_with_the_image_before():
     assert torch.equal(torch.cat([labels for _, labels in plain]), make_split().targets[order])
     mix = augment.random_mix_params(5, 5, 2, 0.4, 1.0)
     batches = batches_of(data.DeviceLoader(make_split(), parse("--mixup", "0.4", "--cutmix", "1"), "cpu"))
-    assert {bool(box.any()) for box in mix.box} == {True, False}
+    assert {bool(box.any()) for box in mix[1]} == {True, False}
     for (own, labels), (inputs, targets, targets_b, lam), wanted_lam, box in zip(plain, batches, *mix, strict=True):
         assert torch.equal(targets, labels) and torch.equal(targets_b, labels.roll(1)) and lam == wanted_lam
         assert torch.equal(inputs, augment.mix(torch.cat([own[-1:], own]), lam, box.tolist()))

@@ -68,7 +68,7 @@ def train_in_double(world: World, folder: Path) -> dict[str, dict]:
                         train.build_forward(args, model, CPU, "fp32"))
         for _ in range(EPOCHS):
             train.train_one_epoch(run, state, Signals())
-            train.finish_epoch(run, state)
+            train.finish_epoch(run, state, Signals())
         found[name] = {"weights": model.state_dict(), "history": state.history}
     return found
 
@@ -134,7 +134,7 @@ def test_rank_0_prints_and_writes_and_metrics_are_of_all_images(two, flags):
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10"), ("3", "15"), ("4", "20")]
     correct = [float(row["train_accuracy"]) * 33 / 100 for row in rows]
     assert correct == pytest.approx([round(number) for number in correct], abs=1e-3)
-    model, _ = evaluate.load_checkpoint_model(folder / "unbroken" / "last.pt")
+    model, *_ = evaluate.load_checkpoint_model(folder / "unbroken" / "last.pt")
     test = data.load_split(flags[-1], cifar10.TEST_FILES)
     loss, _ = evaluate.score(evaluate.predict_logits(model, test.images, CPU), test.targets)
     assert float(rows[-1]["test_loss"]) == pytest.approx(loss, rel=1e-5)  # with the batch norm statistics of rank 0
@@ -304,6 +304,7 @@ def test_resume_with_another_number_of_ranks(flags, tmp_path):
         assert change is None or "resuming, but not bitwise-identically" in outputs[0] and change in outputs[0]
         saved, run_flags = read(folder), ["--resume", folder]
         assert (saved["epoch"], saved["step"], len(saved["totals"])) == (epoch, step, size)
+        assert len({tuple(rng["cpu"][:8].tolist()) for rng in saved["rng"]}) == size  # different seeds of dropout
     assert run_ranks(run_flags, tmp_path, print, size=2)[0] == [0, 0]
     history = read(folder)["history"]
     correct = [row["train_accuracy"] * 33 / 100 for row in history]  # of all images, by whatever ranks

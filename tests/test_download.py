@@ -14,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -241,9 +242,13 @@ def test_an_archive_is_unpacked(data_dir, monkeypatch, name):
     archive = data_dir / name
     archive.write_bytes(WRONG)
     place = data_dir if name == download.ARCHIVE else archive  # --data-dir can name the archive itself
-    assert refused(place) == f"{archive} is not the official {download.ARCHIVE}: found MD5 {WRONG_MD5}, expected {MD5}"
+    assert refused(place) == (f"{archive} is not the official {download.ARCHIVE}: found MD5 {WRONG_MD5}, expected "
+                              f"{MD5}; delete it to download it again")
     assert archive.read_bytes() == WRONG
     archive.write_bytes(CONTENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(download.tempfile, "TemporaryDirectory", Mock(side_effect=OSError("Read-only file system")))
+        assert "could not be unpacked there (Read-only file system); " in refused(place)
     for _ in range(2):
         assert_unpacked(data_dir, download.get_folder(place), name)
     assert cifar10.find_folder(place) == data_dir / cifar10.FOLDER

@@ -165,7 +165,8 @@ def test_only_cuda_depends_on_deterministic_algorithms(kind, expected, monkeypat
 
 
 @pytest.mark.parametrize(("changes", "cores", "threads", "warning"), [
-    ({"hardware": "Intel", "torch": "2.10"}, 2, "1 thread", "hardware Intel -> {}, torch 2.10 -> {}"),
+    ({"hardware": "Intel", "threads": 2}, 2, "1 thread", "hardware Intel -> {}, threads 2 -> 1"),
+    ({"threads": 2, "ranks": 4, "torch": "2.10"}, 2, "1 thread", "ranks 4 -> 1, threads 2 -> 1, torch 2.10 -> {1}"),
     ({"hardware": None, "torch": None, "cudnn": None}, 2, "1 thread", ""),  # an old checkpoint lacks them
     ({"threads": 2, "deterministic": True}, 1, "1 thread", "threads 2 -> 1, deterministic True -> None"),
     ({"threads": 2}, 2, "2 threads", "")])

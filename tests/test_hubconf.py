@@ -48,5 +48,3 @@ def test_hub_loads_networks_beside_modules_of_the_same_names(order, tmp_path):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = load_model(ROOT / "checkpoints/pretrained.pt")[0](images)
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="Error.* in loading state_dict for SEResNet"):
-        torch.hub.load(str(ROOT), "se_resnet", source="local", pretrained=True, num_blocks=[1, 1])

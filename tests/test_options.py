@@ -131,7 +131,7 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --kernel-sizes 3 3: --kernel-sizes has 2 values expected 1, or 3 like --num-blocks
     --shortcut-kernel-sizes 2: --shortcut-kernel-sizes (2) odd | --dropout 2: * dropout between 0 and 1, but got 2
     --se-reduction 100: --se-reduction (100) from 1 to 64 | --se-reduction 0: --se-reduction (0)
-    --resume: no run in --resume auto
+    --resume: no run in --resume auto | --resume --summary: leave out --summary
     --resume nowhere: nowhere not a run folder --init-from | --init-from nowhere.pt: * nowhere.pt not found expected
     --resume --overwrite: leave out --overwrite | --nesterov --optimizer adam: --nesterov needs --optimizer sgd
     --momentum 0.5 --optimizer adam: --optimizer adam has none

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import runs
@@ -186,7 +187,7 @@ def test_full_batches_run_compiled_and_trying_it_changes_nothing(flags, run, tmp
 
 def test_a_compiler_that_fails_in_the_backward_pass_costs_one_line(run, unbroken, tmp_path, monkeypatch, capsys):
     def fail(*_):
-        raise RuntimeError("no C compiler\nand forty more lines")
+        raise RuntimeError("backend='inductor' raised:\nno C compiler" + 40 * "\nmore")
 
     def fail_backward(function, **_):
         def compiled(*args):
@@ -198,8 +199,8 @@ def test_a_compiler_that_fails_in_the_backward_pass_costs_one_line(run, unbroken
     monkeypatch.setattr(torch, "compile", fail_backward)
     assert run("--compile") == 0
     printed = capsys.readouterr()
-    assert printed.err == "warning: torch.compile failed (RuntimeError: no C compiler); training without it\n"
-    assert ", not compiled\n" in printed.out
+    assert re.fullmatch("warning: torch.compile failed .*raised: no C compiler .*; training without it\n", printed.err)
+    assert ", not compiled\n" in printed.out and printed.out.startswith("compiling: ")
     runs.assert_same_run(tmp_path / "run", unbroken)
 
 
@@ -207,13 +208,14 @@ def test_a_compiler_that_fails_in_the_backward_pass_costs_one_line(run, unbroken
 
 
 def test_init_from_takes_the_averaged_weights_and_the_network(run, tmp_path, capsys):
-    assert run("--num-blocks", "2", "1", "--ema", "0.9", folder="source") == 0
+    assert run("--num-blocks", "2", "1", "--ema", "0.9", "--no-normalize", folder="source") == 0
     source = runs.read(tmp_path / "source")
     argv = [*runs.SMALL[len(runs.NETWORK):], "--data-dir", source["args"]["data_dir"], "--output-dir",
             str(tmp_path / "run"), "--init-from", str(tmp_path / "source" / "last.pt"), "--lr", "0"]
     assert train.main(argv) == 0
     found = runs.read(tmp_path / "run")
-    assert found["args"]["num_blocks"] == [2, 1] and found["ema"] is None and len(found["history"]) == 2
+    assert found["args"]["num_blocks"] == [2, 1] and not found["args"]["normalize"]
+    assert found["ema"] is None and len(found["history"]) == 2
     for name, value in found["model"].items():
         if "running" not in name and "tracked" not in name:  # batch norm statistics move also at lr 0
             assert torch.equal(value, source["ema"][name]) and not torch.equal(value, source["model"][name])
@@ -271,7 +273,7 @@ def test_with_validation_the_test_set_is_used_once(run, tmp_path, capsys, monkey
     assert "10 validation images" in (out := capsys.readouterr().out)
     assert "validation accuracy: last epoch 40.00%, best 50.00% (epoch 1)\ntest accuracy of best.pt 30.00%" in out
     (logits, test), = drawn
-    best, _ = evaluate.load_checkpoint_model(tmp_path / "run/best.pt")
+    best, *_ = evaluate.load_checkpoint_model(tmp_path / "run/best.pt")
     torch.testing.assert_close(logits, one_by_one(best, test.images, False), rtol=1e-4, atol=1e-5)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["test_weights"], results["selected_on"], results["best_epoch"]) == ("best", "validation", 1)
@@ -366,17 +368,26 @@ def test_a_signal_stops_the_run_and_the_printed_command_resumes_it(number, run, 
     place, command = re.search("\nstopped in (.*), all saved; resume with: (.*)\n$", printed.out).groups()
     assert place == "epoch 1 after step 2" and runs.read(tmp_path / "a run")["step"] == 2
     assert run(*shlex.split(command)[2:]) == 0
+    assert f"--output-dir {tmp_path}/run is not used; the run continues in a run" in capfd.readouterr().err
+    assert runs.read(tmp_path / "a run")["args"]["output_dir"] == "a run"
     runs.assert_same_run(tmp_path / "a run", unbroken)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_last_evaluation(number, status, run, tmp_path, capsys):
-    runs.stop(run, "evaluation", "--epochs", "1", number=number)
-    assert "stopped after the last epoch, all saved; resume with: " in capsys.readouterr().out
-    assert runs.read(tmp_path / "run")["epoch"] == 1 and not (tmp_path / "run" / "results.json").exists()
+def test_a_signal_in_the_last_evaluation_of_each_split(number, status, run, tmp_path, capsys, monkeypatch):
+    to_input, finish_run, batches = evaluate.to_input, train.finish_run, []
+    monkeypatch.setattr(evaluate, "to_input", lambda *args: batches.append(args) or to_input(*args))
+    runs.stop(run, "evaluation", "--epochs", "1", "--val-size", "10", number=number)
+    assert "stopped in epoch 1 after step 3, all saved; resume" in capsys.readouterr().out and not batches
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish_run", lambda *args: signal.raise_signal(number) or finish_run(*args))
+        assert run("--resume") == status
+    assert "stopped after the last epoch, all saved; resume with: " in capsys.readouterr().out and len(batches) == 1
+    with monkeypatch.context() as patch:  # what is written last says that the run is finished
+        patch.setattr(evaluate, "draw_pictures", Mock(side_effect=OSError))
+        assert run("--resume") == 1 and not (tmp_path / "run" / "results.json").exists()
     assert run("--resume") == 0
     assert "(resumed after the last epoch)" in capsys.readouterr().out
-    assert (tmp_path / "run" / "results.json").exists()
 
 
 @runs.needs_fork

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from process import Signals, program, set_up_process
-from utils import RunError, UserError, print_line, write_text
+from utils import RunError, UserError, check_output, print_line, write_text
 
 if __name__ == "__main__":
     set_up_process()  # before torch is imported
@@ -58,7 +58,7 @@ def random_split(count: int) -> data.Split:
 
 def build(flags: Sequence[str], train_images: int, test_images: int, folder: Path) -> tuple[Run, TrainState]:
     """Build a run as train.py does, on random images; RunError if it is not compiled although it should be."""
-    args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000"])
+    args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000", "--small-epochs", "0"])
     device, precision = hardware.select(args, World())
     model = train.build_model(args, None).to(device, memory_format=hardware.memory_format(device))
     loader = data.build_loader(random_split(train_images), args, device, World())
@@ -164,9 +164,11 @@ def training_cost(model: nn.Module, precision: str, compiled: bool) -> tuple[flo
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, in MB: of the GPU, else of this process (not on Windows)."""
+    """Return the most memory used so far, in MB: of the GPU, else of this process; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e6  # replayed CUDA graphs allocate nothing
+    if sys.platform == "win32":
+        return np.nan
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
@@ -268,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, _ = options.parse_args(flags)
     if args.resume is not None or args.init_from or args.summary:
         raise UserError("--resume, --init-from and --summary cannot be used with bench.py")
+    if own.json:
+        check_output(own.json)
     device = hardware.select_device(args.device)
     counts = COUNTS["cuda" if device.type == "cuda" else "cpu"]
     compiled = hardware.should_compile(args.compile, device)

@@ -4,6 +4,7 @@ python tools/compare.py checkpoints/sgd-* checkpoints/adam --picture curves.png 
 """
 
 import csv
+import glob
 import json
 import os
 import statistics
@@ -75,11 +76,6 @@ def name_group(group: Sequence[Run]) -> str:
     return f"{prefix}*" if len(names) > 1 and (prefix := os.path.commonprefix(names)) else ", ".join(names)
 
 
-def show(value: Any) -> str:
-    """Format a setting as on the command line."""
-    return "-" if value is None else typed(value)
-
-
 def show_mean(values: Sequence[float | None], form: str) -> str:
     """Format a value, or the mean and sample standard deviation of several."""
     if None in values:
@@ -94,10 +90,11 @@ def build_table(groups: Sequence[Sequence[Run]]) -> list[list[str]]:
     names = [name for name in dict.fromkeys(name for known in settings for name in known if name != "epochs")
              if len({json.dumps(known[name]) for known in settings if name in known}) > 1]
     for group in groups:
-        varied = {name.replace("_", "-"): " ".join(dict.fromkeys(show(run.settings.get(name)) for run in group))
-                  for name in names}
-        rows.append({"run": name_group(group)} | varied
-                    | {"epochs": f"{len(group[0].history)}/{show(group[0].settings.get('epochs'))}",
+        varied = {name: dict.fromkeys(typed("-" if (value := run.settings.get(name)) is None else value)
+                                      for run in group) for name in names}
+        rows.append({"run": name_group(group)}
+                    | {name.replace("_", "-"): " ".join(values) for name, values in varied.items()}
+                    | {"epochs": f"{len(group[0].history)}/{group[0].settings['epochs']}",
                        "selected on": group[0].results["selected_on"]}
                     | {title: show_mean([run.results.get(name) for run in group], form)
                        for title, (name, form) in RESULTS.items()})
@@ -152,13 +149,14 @@ def draw_runs(groups: Sequence[Sequence[Run]], path: Path):
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table and write the files that a command line asks for."""
     parser = Parser("compare.py", "RUN... [flags]", "Compare runs: settings, results and curves.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; others are skipped")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; others are skipped")
     flag = parser.group("output")
     flag("--picture", None, "draw the curves of all runs", type=Path, metavar="FILE.png")
     flag("--markdown", None, "write the table, and a link to the picture", type=Path, metavar="FILE")
     args, _ = parser.parse(argv)
     runs, errors = [], []
-    for path in {path.resolve(): path for path in args.runs}.values():
+    paths = [path for run in args.runs for path in map(Path, sorted(glob.glob(run)) or [run])]  # cmd expands no *
+    for path in {path.resolve(): path for path in paths}.values():
         try:
             runs.append(read_run(path))
         except UserError as error:

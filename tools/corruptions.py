@@ -28,7 +28,7 @@ from torch import Tensor
 import cifar10
 import data
 import hardware
-from evaluate import load_checkpoint_model, predict_logits, score
+from evaluate import check_classes, load_checkpoint_model, load_test_split, predict_logits, score
 from options import Parser, add_data_flags, add_hardware_flags, at_least
 from tools.corruption_ops import CORRUPTIONS, corrupt
 
@@ -84,7 +84,7 @@ def read_array(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or hardware.first_line(error)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} is not a valid .npy array ({reason}); unpack the archive again") from error
 
 
@@ -139,23 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag("--seed", 0, "seed of the generated corruptions", type=at_least(0), metavar="N")
     add_data_flags(parser, ("data_dir", "synthetic", "limit_test"))
     add_hardware_flags(parser, ("device", "precision"))
-    args, _ = parser.parse(argv)
-    if args.test_dir and args.synthetic:
-        raise UserError("--test-dir and --synthetic cannot be combined")
-    device = hardware.select_device(args.device)
-    hardware.set_up_backend(device)
-    precision = hardware.select_precision(args.precision, device)
-    model, info = load_checkpoint_model(args.checkpoint, device)
+    args, given = parser.parse(argv)
+    device, precision = hardware.select(args)
+    model, trained, run_args = load_checkpoint_model(args.checkpoint, device)
     if args.output:
         check_output(args.output)
     if args.test_dir:
         sets, classes = find_sets(args.test_dir, args.limit_test), cifar10.CLASSES
     else:
-        split = data.load_split(args.data_dir, cifar10.TEST_FILES, args.synthetic, args.limit_test)
+        split = load_test_split(args, given, run_args)
         sets, classes = generate_sets(split, args.seed, device), split.classes
-    if list(info.classes) != list(classes):
-        raise UserError(f"{args.checkpoint} was trained on the classes {', '.join(info.classes)}, but the images show "
-                        f"{', '.join(classes)}; check --synthetic")
+    check_classes(args.checkpoint, trained, classes)
     settings = {"checkpoint": args.checkpoint, "sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
                 "precision": precision, "images": {each.name: len(each.targets) for each in sets},
                 "source": str(args.test_dir) if args.test_dir else f"generated, seed {args.seed}"}
@@ -167,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output:
             content = {"settings": settings, "accuracy": accuracy, **summary}
             write_text(args.output, json.dumps(content, indent=2) + "\n")
-    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=info.normalize),
+    measure(sets, partial(predict_logits, model, device=device, precision=precision, normalize=run_args["normalize"]),
             accuracy, save)
     save(**summarize(accuracy, published=bool(args.test_dir)))
     if args.output:

@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx, or FILE.pt to share the "
                         "weights in half precision")
     args, _ = parser.parse(argv)
-    if args.output.suffix == ".pt":
+    if args.output.suffix not in (".onnx", ".pt", ".pth"):
+        raise UserError(f"--output {args.output}: expected a name that ends in .onnx, .pt or .pth")
+    if args.output.suffix != ".onnx":
         content = to_share(load_checkpoint(args.checkpoint))
         check_output(args.output, [args.checkpoint])  # without its optimizer the run could no longer be resumed
         save_checkpoint(content, args.output)
