@@ -62,8 +62,8 @@ def get_folder(data_dir: str | Path) -> Path:
 def _unpack(file: BinaryIO, data_dir: Path) -> None:
     """Unpack the archive, all of it or nothing."""
     if (found := _digest(file)) != MD5:
-        raise UserError(f"{file.name} is not the official {ARCHIVE}: found MD5 {found}, expected {MD5}; delete it "
-                        "to download it again")
+        raise UserError(f"{file.name} is not the official {ARCHIVE}: found MD5 {found}, expected {MD5}; delete it, "
+                        f"and --data-dir {data_dir} downloads it again")
     file.seek(0)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".unpack-") as scratch, tarfile.open(fileobj=file) as tar:
         tar.extraction_filter = getattr(tarfile, "data_filter", None)  # without it, Python 3.12 and 3.13 warn

@@ -135,8 +135,8 @@ def load_checkpoint_model(path: str | Path, device: torch.device | str = "cpu"
     Also returns its classes and the settings of its training; of a published checkpoint those are only "normalize".
     """
     checkpoint = load_checkpoint(path)
-    settings = {"normalize": True} | checkpoint["args"]
     try:
+        settings = {"normalize": True} | checkpoint["args"]
         model = models.SEResNet(**options.model_args(settings))
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not describe a network ({error})") from error

@@ -100,7 +100,7 @@ class Signals:
         if self.stop is None:
             self.stop, self._time = EXIT_STATUS[number], time.monotonic()
             if not self.quiet:  # not by print, which the signal may have interrupted and which is not reentrant
-                text = b"\nSaving after this step, then stopping. Press Ctrl-C again to quit without saving.\n"
+                text = b"\nSaving, then stopping. Press Ctrl-C again to quit without saving.\n"
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(2, text)
         elif time.monotonic() - self._time > 0.5:  # a terminal and torchrun may both deliver the same Ctrl-C

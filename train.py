@@ -193,7 +193,7 @@ def build_forward(args: Namespace, model: nn.Module, device: torch.device, preci
 def compile_forward(run: Run, state: TrainState) -> None:
     """Compile the forward function for full batches, and try it on black images; only random states change."""
     if run.world.is_main:
-        print_line("compiling: this takes a minute or more (--no-compile skips it)")
+        print_line("compiling: this may take minutes (--no-compile skips it)")
     size = len(run.loader.shard(0))
     inputs = augment.to_input(torch.zeros(size, augment.SIZE, augment.SIZE, 3, dtype=torch.uint8, device=run.device))
     targets = torch.zeros(size, dtype=torch.int64, device=run.device)
@@ -334,7 +334,7 @@ def resume(run: Run, state: TrainState, checkpoint: dict[str, Any]) -> None:
     state.load_state_dict(checkpoint, run.world, run.folder.path)
     before, now = checkpoint["environment"], run.environment
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
-    if state.epoch == run.args.epochs:  # results.json describes the training
+    if state.epoch + state.step / state.steps_per_epoch == run.args.epochs:  # results.json describes the training
         run.environment = before
     elif changed and run.world.is_main:
         warn(f"resuming, but not bitwise-identically: {', '.join(changed)}")

@@ -110,6 +110,7 @@ def test_malformed_files_are_refused_and_never_run(folder, name, write, message)
 @pytest.mark.parametrize("flags, message", [
     (["--test-dir", "{}/empty"], "expected files of CIFAR-10-C"),
     (["--test-dir", "{}", "--limit-test", "7"], "--limit-test 7"),
+    (["--test-dir", "{}", "--synthetic"], "cannot be combined"),
     (["--test-dir", "{}"], "was trained on the classes"),
     (["--synthetic", "--output", "{}"], "cannot write to {}"),
 ])

@@ -243,7 +243,7 @@ def test_an_archive_is_unpacked(data_dir, monkeypatch, name):
     archive.write_bytes(WRONG)
     place = data_dir if name == download.ARCHIVE else archive  # --data-dir can name the archive itself
     assert refused(place) == (f"{archive} is not the official {download.ARCHIVE}: found MD5 {WRONG_MD5}, expected "
-                              f"{MD5}; delete it to download it again")
+                              f"{MD5}; delete it, and --data-dir {data_dir} downloads it again")
     assert archive.read_bytes() == WRONG
     archive.write_bytes(CONTENT)
     with monkeypatch.context() as patch:

@@ -20,6 +20,8 @@ def test_images_depend_on_the_name_only():
     assert labels.shape == (100,) and labels.dtype == np.int64
     again = synthetic.make_batch("data_batch_1", 100)
     assert np.array_equal(images, again[0]) and np.array_equal(labels, again[1])
+    for name in ("test_batch", "data_batch_2", "data_batch_5"):
+        assert not np.array_equal(labels, synthetic.make_batch(name, 100)[1])
     batches = [synthetic.make_batch(name)[0] for name in ("test_batch", "data_batch_1")]
     assert len(np.unique(np.concatenate(batches).reshape(4_000, -1), axis=0)) == 4_000  # no image occurs twice
 

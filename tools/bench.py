@@ -58,7 +58,7 @@ def random_split(count: int) -> data.Split:
 
 def build(flags: Sequence[str], train_images: int, test_images: int, folder: Path) -> tuple[Run, TrainState]:
     """Build a run as train.py does, on random images; RunError if it is not compiled although it should be."""
-    args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000", "--small-epochs", "0"])
+    args, _ = options.parse_args([*flags, "--save-minutes", "1e9", "--epochs", "1000"])
     device, precision = hardware.select(args, World())
     model = train.build_model(args, None).to(device, memory_format=hardware.memory_format(device))
     loader = data.build_loader(random_split(train_images), args, device, World())
@@ -164,11 +164,9 @@ def training_cost(model: nn.Module, precision: str, compiled: bool) -> tuple[flo
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, in MB: of the GPU, else of this process; NaN on Windows."""
+    """Return the most memory used so far, in MB: of the GPU, else of this process (not on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 1e6  # replayed CUDA graphs allocate nothing
-    if sys.platform == "win32":
-        return np.nan
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
@@ -208,7 +206,8 @@ def sections(args: Namespace, flags: Sequence[str], counts: Counts, folder: Path
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             whole_rate(run, state, counts.steps)
-        yield "memory", {"peak memory of training, MB": [peak_memory(device)]}
+        if device.type == "cuda" or sys.platform != "win32":
+            yield "memory", {"peak memory of training, MB": [peak_memory(device)]}
 
         split = data.Split(run.loader.images.cpu(), run.loader.targets.cpu(), [])
         one, several = (data.WorkersLoader(split, args, device, workers=workers) for workers in (0, cores))
@@ -268,8 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write results to this file")
     own, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     args, _ = options.parse_args(flags)
-    if args.resume is not None or args.init_from or args.summary:
-        raise UserError("--resume, --init-from and --summary cannot be used with bench.py")
+    if args.resume is not None or args.init_from or args.summary or args.small_epochs:
+        raise UserError("bench.py takes no --resume, --init-from or --summary, and only --small-epochs 0")
     if own.json:
         check_output(own.json)
     device = hardware.select_device(args.device)

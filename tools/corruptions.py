@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_data_flags(parser, ("data_dir", "synthetic", "limit_test"))
     add_hardware_flags(parser, ("device", "precision"))
     args, given = parser.parse(argv)
+    if args.test_dir and args.synthetic:
+        raise UserError("--test-dir and --synthetic cannot be combined")
     device, precision = hardware.select(args)
     model, trained, run_args = load_checkpoint_model(args.checkpoint, device)
     if args.output:
