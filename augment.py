@@ -50,9 +50,9 @@ def random_mix_params(steps: int, seed: int, epoch: int, mixup: float, cutmix: f
     """Make the table for MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899), one row per step, on the CPU.
 
     Returns:
-        lam (S,) float32 from Beta(A, A), the weight of each image's own pixels and label, where A is `mixup` or
-        `cutmix`; with both, each batch uses one of them. And (S, 4) int64: top, bottom, left, right of the box that
-        CutMix pastes; empty where MixUp blends.
+        lam (S,) float32, the weight of each image's own pixels and label, from Beta(A, A), where A is `mixup` or
+        `cutmix` (with both, each batch uses one of them); and boxes (S, 4) int64: top, bottom, left, right of what
+        CutMix pastes, empty where MixUp blends.
     """
     rng = np.random.default_rng([seed, epoch, 2])  # a stream of its own: the crops stay the same
     cuts = rng.random(steps) < (0.5 if mixup and cutmix else float(cutmix > 0))

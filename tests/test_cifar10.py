@@ -103,7 +103,7 @@ def test_bad_values_are_refused(file, change, found):
 
 @pytest.mark.parametrize("content, found", [
     ({b"data": PLANES, b"fine_labels": [], "\n": 1}, r"found the keys ['data', 'fine_labels', '\n']; expected labels"),
-    ({}, "found the keys []; expected data and labels"),
+    ({}, "found the keys []; expected data and labels"), ([LABELS], "(UnpicklingError: a list"),
     (pickle.dumps(GOOD) + b"\n", "(UnpicklingError: a dict, or more than that"),
     (b"", "no CIFAR-10 batch file of the Python version (EOFError: Ran out of input)"),
     (b"<!DOCTYPE html>", "no CIFAR-10"),

@@ -29,7 +29,7 @@ def test_summary_equals_the_published_table(capsys):
     assert train.main(["--summary"]) == 0
     printed = capsys.readouterr().out
     rows = re.findall(r"^ *(\w+-\d+) +(\[.*\]) +([\d,]+)$", printed, re.M)
-    assert ["\t".join(row) for row in rows] == TABLE.read_text().splitlines()
+    assert ["\t".join(row) for row in rows] == TABLE.read_text().splitlines() and len(rows) == 68
     for line in ("Total params: 4,697,742", "Non-trainable params: 0", "Input size (MB): 0.01",
                  "Forward/backward pass size (MB): 19.13", "Params size (MB): 17.92",
                  "Estimated Total Size (MB): 37.06"):

@@ -53,7 +53,7 @@ def test_curves_show_the_columns_of_the_history_and_their_last_values(tmp_path, 
             assert (text.get_text(), text.get_color()) == (label, line.get_color())
     assert [tuple(point) for point in lr.lines[0].get_xydata()] == [  # a learning rate per step
         (step / 10, rate) for step, rate in enumerate(np.linspace(0.1, 0, 40), 1)] and lr.get_legend() is None
-    assert imread(tmp_path / "curves.png").shape[:2] == (720, 1500)
+    assert imread(tmp_path / "curves.png").shape[:2] == (720, 1500) and len([*tmp_path.iterdir()]) == 1
 
 
 def test_short_runs_have_markers_long_ones_a_last_one_and_a_single_epoch_has_no_curves(tmp_path):

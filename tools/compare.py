@@ -155,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     flag("--markdown", None, "write the table, and a link to the picture", type=Path, metavar="FILE")
     args, _ = parser.parse(argv)
     runs, errors = [], []
-    # cmd and PowerShell leave patterns to the programs
-    paths = [Path(path) for run in args.runs for path in (not os.path.exists(run) and sorted(glob.glob(run)) or [run])]
+    # cmd and PowerShell leave patterns to the programs; a shell's names may hold brackets
+    paths = [Path(path) for run in args.runs for path in sorted(glob.glob(run)) * (not os.path.exists(run)) or [run]]
     for path in {path.resolve(): path for path in paths}.values():
         try:
             runs.append(read_run(path))
