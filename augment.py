@@ -37,13 +37,19 @@ class Params(NamedTuple):
         return Params(*(field[rows] for field in self))
 
 
-def random_params(count: int, seed: int, epoch: int) -> Params:
-    """Make the table of `count` images for one epoch; the same arguments give the same table on any machine."""
+def random_params(count: int, seed: int, epoch: int, alternating_flip: bool = False) -> Params:
+    """Make the table of `count` images for one epoch; the same arguments give the same table on any machine.
+
+    With `alternating_flip`, each image is flipped in every other epoch, from a random one of the first two on (arXiv
+    2404.00498).
+    """
     rng = np.random.default_rng([seed, epoch])
     offsets = rng.integers(0, 2 * PADDING + 1, (2, count))
-    return Params(torch.from_numpy(rng.permutation(count)), torch.from_numpy(offsets[0]),
-                  torch.from_numpy(offsets[1]), torch.from_numpy(rng.random(count) < 0.5),
-                  *trivial_augment.random_params(count, seed, epoch))
+    order, flip = rng.permutation(count), rng.random(count) < 0.5
+    if alternating_flip:
+        flip = (np.random.default_rng([seed, 0, 3]).random(count) < 0.5)[order] ^ bool(epoch % 2)
+    return Params(torch.from_numpy(order), torch.from_numpy(offsets[0]), torch.from_numpy(offsets[1]),
+                  torch.from_numpy(flip), *trivial_augment.random_params(count, seed, epoch))
 
 
 def random_mix_params(steps: int, seed: int, epoch: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:

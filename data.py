@@ -85,7 +85,8 @@ def load_data(args: Namespace, world: World) -> tuple[Split, Split | None, Split
 class Loader:
     """What both loaders share: which images belong to this rank's shard of each batch, and how they are mixed.
 
-    `args` holds `batch_size` (of all ranks; an epoch ends with a smaller one), `seed` and the augmentation flags.
+    `args` holds `epochs`, `batch_size` (of all ranks; an epoch ends with a smaller one), `seed` and the augmentation
+    flags.
     """
 
     def __init__(self, split: Split, args: Namespace, device: torch.device, world: World | None = None):
@@ -108,6 +109,10 @@ class Loader:
         start = step * self.args.batch_size + rank * size + min(rank, rest)
         return range(start, start + size + (rank < rest))
 
+    def is_plain(self, epoch: int) -> bool:
+        """Return whether an epoch is one of the last, without TrivialAugment, MixUp and CutMix."""
+        return epoch >= self.args.epochs - self.args.plain_epochs
+
     def positions(self, step: int) -> Tensor:
         """Return the positions to load: the shard, and for MixUp and CutMix first the one before it.
 
@@ -129,7 +134,9 @@ class Loader:
         """
         positions = [self.positions(step) for step in range(first_step, len(self))]
         rows = torch.cat([torch.arange(0), *positions])  # none, for a run stopped after the last step of an epoch
-        params = augment.random_params(len(self.targets), self.args.seed, epoch).rows(rows)
+        params = augment.random_params(len(self.targets), self.args.seed, epoch, self.args.alternating_flip).rows(rows)
+        if self.is_plain(epoch):
+            params = params._replace(operation=torch.zeros_like(params.operation))  # the identity
         batches = self.load(params, [len(batch) for batch in positions])
         if self.mixes:
             batches = self.mix(batches, epoch, first_step)
@@ -140,6 +147,8 @@ class Loader:
             ) -> Iterator[tuple[Tensor, ...]]:
         """Mix the images of each batch; adds targets_b and lam."""
         lam, boxes = augment.random_mix_params(len(self), self.args.seed, epoch, self.args.mixup, self.args.cutmix)
+        if self.is_plain(epoch):
+            lam, boxes = torch.ones_like(lam), torch.zeros_like(boxes)
         lam, boxes = lam.to(self.device), boxes.tolist()
         for step, (inputs, targets) in enumerate(batches, first_step):
             yield augment.mix(inputs, lam[step], boxes[step]), targets[1:], targets[:-1], lam[step]

@@ -170,6 +170,9 @@ def build_parser() -> Parser:
     flag("--mixup", 0.0, "MixUp: blend pairs of images with weights from Beta(N, N); 0 is off", type=number)
     flag("--cutmix", 0.0, "CutMix: paste boxes between pairs of images, with areas from Beta(N, N); 0 is off; "
          "with --mixup, each batch uses one of the two", type=number)
+    flag("--plain-epochs", 0, "epochs at the end without TrivialAugment, MixUp and CutMix (arXiv 1909.09148)",
+         type=at_least(0))
+    flag("--alternating-flip", False, "flip each image in every other epoch instead of at random (arXiv 2404.00498)")
     flag("--small-epochs", 0, "epochs at the start with images of 24x24 pixels, which need 0.56 of the computation "
          "(progressive resizing, arXiv 2104.00298)", type=at_least(0))
     add_hardware_flags(parser)
@@ -222,6 +225,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, 
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs ({args.warmup_epochs:g}) must be less than --epochs ({args.epochs}); try "
                      f"--warmup-epochs {args.epochs / 10:g}")
+    if args.plain_epochs and not (args.trivial_augment or args.mixup or args.cutmix):
+        parser.error("--plain-epochs needs --trivial-augment, --mixup or --cutmix, which it leaves out at the end")
+    if args.plain_epochs >= args.epochs:
+        parser.error(f"--plain-epochs ({args.plain_epochs}) must be less than --epochs ({args.epochs})")
     if args.small_epochs >= args.epochs:
         parser.error(f"--small-epochs ({args.small_epochs}) must be less than --epochs ({args.epochs}): the last ones "
                      "need images of full size")

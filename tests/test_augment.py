@@ -29,6 +29,16 @@ def test_random_params_have_the_published_distributions():
     assert (fractions - 1 / 162).abs().max() < 0.002  # standard deviation 0.0004
 
 
+def test_alternating_flip_flips_each_image_in_every_other_epoch():
+    plain, flips = [augment.random_params(400, 3, epoch) for epoch in range(4)], []
+    for epoch, expected in enumerate(plain):
+        params = augment.random_params(400, 3, epoch, alternating_flip=True)
+        assert all(torch.equal(a, b) for a, b in zip(params._replace(flip=expected.flip), expected, strict=True))
+        flips.append(params.flip[params.index.argsort()])
+    assert 160 < flips[0].sum() < 240 and not torch.equal(flips[0], plain[0].flip[plain[0].index.argsort()])
+    assert all(torch.equal(flip, flips[0] ^ bool(epoch % 2)) for epoch, flip in enumerate(flips))
+
+
 def test_shrink_averages_what_a_pixel_covers():
     """Each of the 24 rows is a weighted mean of the rows near its center, with weights that fall linearly to 0."""
     centers, rows = (np.arange(24) + 0.5) * 32 / 24, np.arange(32) + 0.5

@@ -1,5 +1,6 @@
 """Splits, and the two loaders: the same pixels for any loader, number of workers and number of ranks."""
 
+import functools
 import itertools
 import multiprocessing
 import re
@@ -107,6 +108,18 @@ def test_the_first_small_epochs_shrink_the_same_batches(mixes):
         if epoch < 2:
             expected = [[augment.shrink(inputs), *others] for inputs, *others in expected]
         assert_same_batches(batches_of(small, epoch, 1), expected)
+
+
+@pytest.mark.parametrize("loader", [data.DeviceLoader, functools.partial(data.WorkersLoader, workers=0)])
+@pytest.mark.parametrize("strong", [["--trivial-augment"], ["--mixup", "0.4", "--cutmix", "1"]])
+def test_the_last_plain_epochs_are_without_strong_augmentation(loader, strong):
+    mixed, plain, some = (loader(make_split(), parse("--epochs", "4", "--alternating-flip", *flags), "cpu")
+                          for flags in (strong, [], [*strong, "--plain-epochs", "2"]))
+    assert_same_batches(batches_of(some, 1, 1), batches_of(mixed, 1, 1))
+    for epoch in (2, 3):
+        batches = batches_of(some, epoch, 1)
+        assert all((lam == 1).all() for _, _, _, lam in batches) if len(batches[0]) == 4 else len(batches[0]) == 2
+        assert_same_batches([batch[:2] for batch in batches], batches_of(plain, epoch, 1))
 
 
 def test_batches_are_mixed_with_the_image_before():

@@ -32,7 +32,8 @@ optimization: --epochs 200; --batch-size 128; --optimizer sgd; --lr 0.1 for sgd,
 --weight-decay 0.0005; --bias-lr 1; --scheduler cosine; --warmup-epochs 0; --grad-clip 0.1; --label-smoothing 0; \
 --ema 0; --seed 0
 augmentation: --augment/--no-augment on; --normalize/--no-normalize on; \
---trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0; --small-epochs 0
+--trivial-augment/--no-trivial-augment off; --mixup 0; --cutmix 0; --plain-epochs 0; \
+--alternating-flip/--no-alternating-flip off; --small-epochs 0
 """ + HARDWARE + """; --workers 0; --compile/--no-compile on for CUDA with Triton; \
 --deterministic/--no-deterministic off"""),
     "evaluate": ("CHECKPOINT [flags]", f"output: --output-dir; {OUTPUT}{DATA}--limit-test all\n{HARDWARE}"),
