@@ -171,8 +171,8 @@ class DeviceLoader(Loader):
     def load(self, params: augment.Params, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
         on_device = augment.Params(*(field.to(self.device) for field in params))  # once an epoch, a few megabytes
         batches = self.crop_and_flip(on_device, sizes)
-        if self.args.trivial_augment:  # of all batches at once; [:0] because there may be none
-            images = torch.cat([self.images[:0], *batches])
+        if self.args.trivial_augment and params.operation.any():  # of all batches at once
+            images = torch.cat(list(batches))
             batches = trivial_augment.transform(images, params.operation, params.strength).split(sizes)
         for images, targets in zip(batches, self.targets[on_device.index].split(sizes), strict=True):
             yield augment.to_input(images, self.args.normalize), targets

@@ -229,6 +229,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Namespace, dict[str, 
         parser.error("--plain-epochs needs --trivial-augment, --mixup or --cutmix, which it leaves out at the end")
     if args.plain_epochs >= args.epochs:
         parser.error(f"--plain-epochs ({args.plain_epochs}) must be less than --epochs ({args.epochs})")
+    if args.alternating_flip and not args.augment:
+        parser.error("--alternating-flip needs --augment, which crops and flips")
     if args.small_epochs >= args.epochs:
         parser.error(f"--small-epochs ({args.small_epochs}) must be less than --epochs ({args.epochs}): the last ones "
                      "need images of full size")

@@ -99,7 +99,9 @@ def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, settings: di
     axes["lr"].yaxis.set_major_formatter("{x:g}")
     names = {"label_smoothing": "label smoothing", "trivial_augment": "TrivialAugment", "mixup": "MixUp",
              "cutmix": "CutMix", "dropout": "dropout", "small_epochs": "small images at first"}
-    used = ", ".join(label for name, label in names.items() if settings.get(name))
+    early = {"trivial_augment", "mixup", "cutmix"} if settings.get("plain_epochs") else ()
+    used = ", ".join(label + " (not at the end)" * (name in early)
+                     for name, label in names.items() if settings.get(name))
     notes = [f"Training is measured with {used}; evaluation without."] if used else []
     notes += ["Evaluation uses the averaged weights."] if settings.get("ema") else []
     figure.supxlabel(" ".join(notes), x=0.0125, ha="left", color=MUTED, fontsize=9.5)  # why training may look worse

@@ -127,18 +127,16 @@ def expected(trained, test_set) -> torch.Tensor:
 @pytest.fixture
 def run_evaluate(trained, small_data):
     """A function that runs evaluate.py in this process and returns its status."""
-    def run(*flags, checkpoint=trained):
-        return evaluate.main([str(checkpoint), "--data-dir", str(small_data), "--limit-test", "50", "--device", "cpu",
-                              "--precision", "fp32", *map(str, flags)])
-    return run
+    return lambda *flags, checkpoint=trained: evaluate.main([
+        str(checkpoint), "--data-dir", str(small_data), "--limit-test", "50", "--device", "cpu", "--precision", "fp32",
+        *map(str, flags)])
 
 
 @pytest.fixture
 def run_predict(trained):
     """A function that runs predict.py in this process and returns its status."""
-    def run(*argv, checkpoint=trained):
-        return predict.main([str(checkpoint), *map(str, argv), "--device", "cpu", "--precision", "fp32"])
-    return run
+    return lambda *argv, checkpoint=trained: predict.main(
+        [str(checkpoint), *map(str, argv), "--device", "cpu", "--precision", "fp32"])
 
 
 def one_by_one(model: nn.Module, images: torch.Tensor, normalize: bool = True) -> torch.Tensor:

@@ -28,6 +28,7 @@ import evaluate
 import train
 import utils
 
+ROOT = Path(__file__).resolve().parent.parent
 NETWORK = ["--num-blocks", "1", "1", "--channels", "8", "--se-reduction", "2"]
 # 30 images: 4 steps an epoch, some milliseconds each, the last one with 6 images.
 SMALL = [*NETWORK, "--batch-size", "8", "--epochs", "2", "--limit-train", "30", "--limit-test", "20", "--lr", "0.01",

@@ -15,10 +15,7 @@ import torch
 
 import checkpoint
 import data
-from checkpoint import load_checkpoint
 from utils import UserError
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -226,8 +223,7 @@ WRONG = {
                    "by torch before 1.6"),
     "other version": (edit(version=1), "version 1, expected 2"),
     "other step": (edit(step=1), "does not fit 4 steps an epoch; has the training set changed?"),
-    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is missing there"),
-}
+    "other network": (edit(model={"linear.bias": torch.zeros(10)}), "architecture: conv1.weight is missing there")}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -241,7 +237,7 @@ def test_a_checkpoint_that_cannot_be_resumed_costs_one_line(name, run, refused, 
 
 @pytest.mark.filterwarnings("error")
 def test_initial_weights_that_are_not_finite_replace_no_run(run, refused, unbroken, tmp_path):
-    content = load_checkpoint(unbroken / "best.pt")
+    content = checkpoint.load_checkpoint(unbroken / "best.pt")
     content["model"] = {f"_orig_mod.module.{name}": value / (name != "linear.bias")  # as DataParallel and compile save
                         for name, value in content["model"].items()}
     torch.save(content, tmp_path / "weights.pt")
@@ -253,7 +249,7 @@ def test_initial_weights_that_are_not_finite_replace_no_run(run, refused, unbrok
 
 
 def test_flipped_and_cut_bytes_are_found_or_do_no_harm(unbroken, tmp_path):
-    content, expected = (unbroken / "best.pt").read_bytes(), load_checkpoint(unbroken / "best.pt")
+    content, expected = (unbroken / "best.pt").read_bytes(), checkpoint.load_checkpoint(unbroken / "best.pt")
     path, rng, found = tmp_path / "best.pt", random.Random(0), 0
     for count in range(200):
         changed = bytearray(content)
@@ -262,7 +258,7 @@ def test_flipped_and_cut_bytes_are_found_or_do_no_harm(unbroken, tmp_path):
             changed[rng.randrange(first, len(content))] ^= 1 << rng.randrange(8)
         path.write_bytes(changed if count % 3 else changed[:rng.randrange(len(content))])
         try:
-            assert runs.difference(load_checkpoint(path), expected) is None
+            assert runs.difference(checkpoint.load_checkpoint(path), expected) is None
         except UserError as error:
             found += 1
             assert "\n" not in str(error) and str(path) in str(error)

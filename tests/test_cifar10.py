@@ -94,8 +94,7 @@ def test_files_of_other_versions_are_read(file, protocol):
     ({b"data": PLANES[:, :3071]}, "found data uint8 (2, 3071); expected"),
     ({b"data": PLANES[:0], b"labels": []}, "found data uint8 (0, 3072); expected"),
     ({b"data": PLANES.tobytes()}, "found data a bytes; expected"),
-    ({b"data": np.array(["cat", "dog"])}, "no CIFAR-10 batch file of the Python version (UnpicklingError: the dtype"),
-])
+    ({b"data": np.array(["cat", "dog"])}, "no CIFAR-10 batch file of the Python version (UnpicklingError: the dtype")])
 def test_bad_values_are_refused(file, change, found):
     reader = cifar10.read_unlabeled if b"ids" in change else cifar10.read_labeled
     assert found in error_of(reader, file({**GOOD, **change}))

@@ -44,11 +44,9 @@ def test_batch_equals_plain_implementation(images, monkeypatch, operation, sever
     for name in ("normal", "uniform", "poisson"):
         monkeypatch.setattr(ops.BlockRandom, name, recorded(getattr(ops.BlockRandom, name), numbers))
     corrupted = ops.corrupt(images, operation, severity, seed=5).numpy()
-    constants = ops.CORRUPTIONS[operation][severity - 1]
-    plain = getattr(plain_corruptions, operation.__name__)
+    plain, constants = getattr(plain_corruptions, operation.__name__), ops.CORRUPTIONS[operation][severity - 1]
     expected = plain_corruptions.to_bytes(np.stack([
-        plain(image / 255, (values[i] for values in numbers), *constants)
-        for i, image in enumerate(images.numpy())]))
+        plain(image / 255, (values[i] for values in numbers), *constants) for i, image in enumerate(images.numpy())]))
     assert corrupted.dtype == np.uint8 and corrupted.shape == expected.shape
     difference = np.abs(corrupted.astype(int) - expected)
     assert difference.max() <= (operation.__name__ not in EXACT)  # float32 may round to the other side of an integer

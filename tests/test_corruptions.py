@@ -97,8 +97,7 @@ def test_published_files_are_read_by_severity(folder, capsys):
     ("labels.npy", lambda path: np.save(path, np.full(30, 10, np.uint8)), "from 0 to 9"),
     ("labels.npy", lambda path: np.save(path, np.arange(30) % 10), "the same ones for each severity"),
     ("labels.npy", lambda path: np.save(path, np.zeros((6, 5), np.uint8)), "(6, 5)"),
-    ("labels.npy", lambda path: path.unlink(), "labels.npy is not a valid .npy array (No such file"),
-])
+    ("labels.npy", lambda path: path.unlink(), "labels.npy is not a valid .npy array (No such file")])
 def test_malformed_files_are_refused_and_never_run(folder, name, write, message):
     write(folder / name)
     with pytest.raises(UserError) as error:

@@ -10,9 +10,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import runs
 import torch
-from runs import make_split, needs_fork
+from runs import at_step, make_split, needs_fork, write_batch
 
 import augment
 import cifar10
@@ -22,7 +21,7 @@ from distributed import World
 from utils import UserError
 
 FLAGS = ("--augment", "--normalize", "--trivial-augment")
-ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1", "--small-epochs", "3"]
+ALL = ["--trivial-augment", "--mixup", "0.4", "--cutmix", "1", "--small-epochs", "3", "--alternating-flip"]
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def folder(tmp_path):
     for number, name in enumerate((*cifar10.TRAIN_FILES, *cifar10.TEST_FILES)):
         images = np.full((20, 32, 32, 3), number, np.uint8)
         images[:, 0, 0, 0] = np.arange(20)
-        runs.write_batch(folder / name, images, np.arange(20) % 10)
+        write_batch(folder / name, images, np.arange(20) % 10)
     return folder
 
 
@@ -163,7 +162,7 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
 
 def kill_workers() -> None:
     """Kill the workers at the end of a step, as the system does when memory runs out."""
-    runs.at_step(0, 1, lambda *_: [worker.kill() for worker in multiprocessing.active_children()])
+    at_step(0, 1, lambda *_: [worker.kill() for worker in multiprocessing.active_children()])
 
 
 def fill_shm() -> None:
@@ -185,7 +184,7 @@ def hang_and_stop() -> None:
         return getitem(dataset, params)
     data.ImageDataset.__getitem__ = get_or_hang
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # patience with slow workers
-    runs.at_step(0, 1, lambda *_: hangs.wait() and signal.raise_signal(signal.SIGTERM))
+    at_step(0, 1, lambda *_: hangs.wait() and signal.raise_signal(signal.SIGTERM))
 
 
 @needs_fork

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import runs
 import torch
-from runs import SMALL, Child, at_step, free_port, make_split, read, wait_for, write_data
+from runs import ROOT, SMALL, Child, at_step, free_port, make_split, read, wait_for, write_data
 from torch import distributed as dist
 from torch import nn
 
@@ -31,17 +31,14 @@ from distributed import World
 from process import Signals, set_up_process
 from utils import RunError
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the start method forkserver")
 
 # --- in float64 ------------------------------------------------------------------------------------------------------
 
 # Training images, and flags; each 5 steps an epoch, 20 in all. For two ranks batches are uneven (4 and 3 images), and
 # the last one has 3 images, or one, so that the second rank has none.
-CASES = {
-    "smaller last batch": (31, ["--momentum", "0.9", "--grad-clip", "0.05"]),
-    "last batch of one": (29, ["--momentum", "0.9", "--grad-clip", "0", "--label-smoothing", "0.1"]),
-}
+CASES = {"smaller last batch": (31, ["--momentum", "0.9", "--grad-clip", "0.05"]),
+         "last batch of one": (29, ["--momentum", "0.9", "--grad-clip", "0", "--label-smoothing", "0.1"])}
 EPOCHS, STEPS, CPU = 4, 5, torch.device("cpu")
 
 
@@ -264,8 +261,7 @@ def select_fp16(rank: int) -> None:
     # found by every rank, at different places
     (print, print, ["--lr", "x"], [2, 2], "argument --lr: invalid float value: 'x'"),
     (print, print, ["--max-params", "9"], [2, 2], r"the network has .* above --max-params \(9\)"),
-    (print, print, ["--resume", "nowhere"], [2, 2], "--resume nowhere: not a run folder"),
-])
+    (print, print, ["--resume", "nowhere"], [2, 2], "--resume nowhere: not a run folder")])
 def test_an_error_ends_all_ranks_with_one_line(flags, tmp_path, break_files, prepare, mistake, statuses, line):
     break_files(write_data(tmp_path, 33))
     places = ["--data-dir", tmp_path, "--output-dir", tmp_path / "run", "--save-minutes", "0"]

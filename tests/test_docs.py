@@ -5,14 +5,12 @@ import importlib
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from runs import ROOT
 
 import options
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").rglob("*.md"))]
 COMMANDS = sorted({line for page in PAGES
                    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(encoding="utf-8"), re.S)

@@ -148,8 +148,7 @@ ONE, TWO, THREE = (f"only {speed} kB/s" for speed in (1, 2, 3))
     ([S(3000.0, 500.0), S(speed=1000)], [(0, 0), (1, None), (0, None)], [THREE, ONE]),  # carries on, slow as it is now
     ([S("break"), S(speed=1000)], [(0, 0), (1, HALF), (0, None)], [CLOSED, ONE]),  # fast and broken, rather than slow
     ([S(content=WRONG), S()], [(0, 0), (1, 0)], [FOUND]),
-    ([S("break", content=WRONG), S()], [(0, 0), (1, HALF), (0, 0), (1, 0)], [CLOSED, FOUND, FOUND]),
-])
+    ([S("break", content=WRONG), S()], [(0, 0), (1, HALF), (0, 0), (1, 0)], [CLOSED, FOUND, FOUND])])
 def test_servers(serve, data_dir, capsys, monkeypatch, makers, requests, reasons):
     monkeypatch.setattr(download, "TIMEOUT", 1 if "timed out" in reasons else 60)
     servers, log = serve(*makers)

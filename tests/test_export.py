@@ -56,10 +56,8 @@ def test_a_shared_checkpoint_holds_the_averaged_weights_in_half_the_space(run, t
 
 
 @pytest.mark.parametrize("checkpoint, output, message", [
-    ("missing.pt", "new/net.onnx", "missing.pt"),
-    ("last.pt", "net.pb", "ends in .onnx, .pt or .pth"), ("last.pt", "file/net.onnx", "file"),
-    ("last.pt", "net.onnx", "pip install onnxscript"),
-])
+    ("missing.pt", "new/net.onnx", "missing.pt"), ("last.pt", "net.pb", "ends in .onnx, .pt or .pth"),
+    ("last.pt", "file/net.onnx", "file"), ("last.pt", "net.onnx", "pip install onnxscript")])
 def test_mistakes_are_one_line_and_leave_nothing(trained, tmp_path, monkeypatch, refused, checkpoint, output, message):
     missing = "onnxscript" if output == "net.onnx" else None
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == missing else object())

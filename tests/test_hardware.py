@@ -19,9 +19,8 @@ import train
 from distributed import World
 from utils import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
-STRONG = [f"@{ROOT}/recipes/strong.txt", "--epochs", "7", "--warmup-epochs", "1", "--mixup", "0.2"]
+STRONG = [f"@{runs.ROOT}/recipes/strong.txt", "--epochs", "7", "--warmup-epochs", "1", "--mixup", "0.2"]
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT
 
 from predict import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import json, sys, torch
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import runs
@@ -17,7 +16,6 @@ import options
 import train
 from checkpoint import load_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "--tta/--no-tta off\n"
 DATA = "data: --data-dir data; --synthetic/--no-synthetic off; "
 HARDWARE = "hardware: --device auto; --precision auto"
@@ -62,7 +60,7 @@ def test_help_shows_every_flag_with_its_default_and_examples_that_work(program, 
     assert text.startswith(f"usage: {program}.py {usage}\n\n")
     text, examples = text.split("\nexamples:\n")
     assert outline(text + "\n") == f"options: -h/--help\n{flags}"
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(runs.ROOT)
     parse = options.parse_args if program == "train" else importlib.import_module(program).build_parser().parse
     for line in examples.splitlines():
         python, name, *words = shlex.split(line)
@@ -73,12 +71,12 @@ def test_help_shows_every_flag_with_its_default_and_examples_that_work(program, 
 @pytest.mark.parametrize("flag, status", [("--help", 0), ("--epoch", 2), ("--warmup-epochs=200", 2)])
 def test_help_and_mistakes_do_not_wait_for_torch(flag, status, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")
-    done = subprocess.run([sys.executable, ROOT / "train.py", flag], env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, runs.ROOT / "train.py", flag], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == status and (done.stdout + done.stderr).startswith(("usage: ", "train.py: error: ")), done
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((runs.ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
 def test_recipes_are_taken(path):
     args, given = options.parse_args([f"@{path}"])
     assert given and options.build_model(args)
@@ -141,6 +139,9 @@ def test_bad_argument_files(content, words, tmp_path, refused):
     --warmup-epochs 1 --scheduler onecycle: onecycle leave out --warmup-epochs
     --warmup-epochs 200: --warmup-epochs (200) --epochs (200) try --warmup-epochs 20
     --epochs 9 --small-epochs 9: --small-epochs (9) must be less than --epochs (9)
+    --plain-epochs 3: --plain-epochs needs --trivial-augment, --mixup or --cutmix
+    --plain-epochs 9 --epochs 9 --cutmix 1: --plain-epochs (9) must be less than --epochs (9)
+    --alternating-flip --no-augment: --alternating-flip needs --augment
     --resume auto --warmup-epochs 200: * try --warmup-epochs 20
     """.replace("\n", "|").strip("| ").split("|")])
 def test_mistakes(command, words, refused, tmp_path, monkeypatch):
@@ -179,7 +180,6 @@ def test_resume_takes_what_leaves_the_result_alone_and_refuses_the_rest(small_da
         line = refused(train.main, ["--output-dir", str(tmp_path / "run"), "--resume", *command.split()])
         assert f"{command} differs from the checkpoint's {value};" in line
     (tmp_path / "run/results.json").unlink()  # as if it had been stopped before the end
-    assert train.main([*argv, "--lr", "0.1", "--log-interval", "7", "--save-minutes", "3", "--workers", "1",
-                       "--no-compile"]) == 0
+    assert train.main([*argv, *"--lr 0.1 --log-interval 7 --save-minutes 3 --workers 1 --no-compile".split()]) == 0
     args = load_checkpoint(tmp_path / "run/last.pt")["args"]
     assert (args["log_interval"], args["save_minutes"], args["workers"], args["compile"]) == (7, 3, 1, False)

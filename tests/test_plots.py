@@ -100,7 +100,8 @@ def test_diverged_runs_do_not_flatten_the_others_and_are_marked(losses, top, mar
 
 @pytest.mark.parametrize("settings, note", [
     ({"label_smoothing": 0.0, "ema": 0.0, "mixup": 0.0, "optimizer": "sgd"}, ""),
-    ({"small_epochs": 1}, "Training is measured with small images at first; evaluation without."),
+    ({"small_epochs": 1, "plain_epochs": 1, "mixup": 0.2}, "Training is measured with MixUp (not at the end), "
+     "small images at first; evaluation without."),
     ({"trivial_augment": True, "cutmix": 1.0, "ema": 0.99},
      "Training is measured with TrivialAugment, CutMix; evaluation without. Evaluation uses the averaged weights.")])
 def test_curves_say_what_sets_training_apart(tmp_path, settings, note):

@@ -4,16 +4,15 @@ import csv
 import hashlib
 import json
 import re
-from pathlib import Path
 
 import torch
+from runs import ROOT
 
 import synthetic
 from augment import to_input
 from checkpoint import load_checkpoint
 from evaluate import load_checkpoint_model
 
-ROOT = Path(__file__).resolve().parent.parent
 FILE, RUN = ROOT / "checkpoints/pretrained.pt", ROOT / "results/forty"
 # Of the first three generated test images, in fp32.
 LOGITS = [[2.714, -0.662, -0.938, -0.090, -0.500, -0.368, 2.418, -0.896, -1.219, -0.448],

@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT
 
 import process
 import utils
 
-ROOT = Path(utils.__file__).parent
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and pipes")
 
 # As sitecustomize.py, Python runs it at its start.

@@ -4,14 +4,12 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import ROOT
 
 import synthetic
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_images_depend_on_the_name_only():
@@ -39,9 +37,8 @@ def test_the_demo_reaches_90_percent(tmp_path):
     """Run the command of `make demo` in a folder of its own."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^demo:.*\n\t\$\(BIN\)/python train\.py @recipes/demo\.txt", makefile, re.M)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), f"@{ROOT / 'recipes' / 'demo.txt'}"], cwd=tmp_path,
-        capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), f"@{ROOT / 'recipes' / 'demo.txt'}"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "4,697,742 parameters" in done.stdout  # the full network
     results = json.loads((tmp_path / "checkpoints" / "demo" / "results.json").read_text())

@@ -5,7 +5,6 @@ import errno
 import functools
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, product
+from itertools import combinations, count, product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -50,7 +49,7 @@ CHOICES = {
 FLAGS = {"warm-up": ["--scheduler", "cosine", "--warmup-epochs", "0.5"],
          "smoothing": ["--label-smoothing", "0.1", "--grad-clip", "0", "--block", "preact", "--se", "block"],
          "mixing": ["--mixup", "0.2", "--cutmix", "1", "--trivial-augment", "--ema", "0.9", "--small-epochs", "1",
-                    "--bias-lr", "4"]}
+                    "--bias-lr", "4", "--alternating-flip"]}
 
 
 def every_pair() -> list[dict[str, str]]:
@@ -321,6 +320,7 @@ def test_small_images_count_less_in_the_time_left(run, clock, capsys):
     assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if " left: " in line] == [
         "epoch 1/3, step 12 of 30, 13 min left", "epoch 1/3, step 24 of 30, 12 min left"]
 
+
 def test_pictures_at_most_every_five_minutes_on_a_signal_and_at_the_end(run, clock, monkeypatch):
     drawn = []
     monkeypatch.setattr(train, "draw_curves", lambda run, state: drawn.append((state.epoch, state.step, clock[0])))
@@ -434,7 +434,7 @@ def test_a_full_disk_fails_the_run_only_at_its_end(start, run, tmp_path, unbroke
 
 
 def test_saving_works_again_after_some_failures(run, tmp_path, unbroken, monkeypatch, capsys):
-    replace, calls = os.replace, itertools.count()
+    replace, calls = os.replace, count()
 
     def fail_three_times(*args):
         if next(calls) in (8, 9, 10):

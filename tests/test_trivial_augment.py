@@ -77,8 +77,7 @@ def test_equalize_equals_torchvision_for_every_count_of_the_brightest():
 
 def test_images_on_mps_are_transformed_on_the_cpu(images, monkeypatch):
     operation, strength = trivial_augment.random_params(len(images), 0, 0)
-    expected = trivial_augment.transform(images, operation, strength)
-    to = torch.Tensor.to
+    to, expected = torch.Tensor.to, trivial_augment.transform(images, operation, strength)
     monkeypatch.setattr(torch.Tensor, "to", lambda image, to_: image if to_ == MPS else to(image, to_))
     on_mps = mock.Mock(device=MPS, cpu=lambda: images)
     assert torch.equal(trivial_augment.transform(on_mps, operation, strength), expected)
