@@ -4,6 +4,7 @@ matplotlib is imported inside the functions, since the import takes a second. On
 no window opens and no global setting changes.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def draw_curves(history: Sequence[dict[str, Any]], lrs: np.ndarray, settings: di
                      for name, label in names.items() if settings.get(name))
     notes = [f"Training is measured with {used}; evaluation without."] if used else []
     notes += ["Evaluation uses the averaged weights."] if settings.get("ema") else []
-    figure.supxlabel(" ".join(notes), x=0.0125, ha="left", color=MUTED, fontsize=9.5)  # why training may look worse
+    text = textwrap.fill(" ".join(notes), 140)  # why training may look worse
+    figure.supxlabel(text, x=0.0125, ha="left", color=MUTED, fontsize=9.5)
     return save(figure, path)
 
 
