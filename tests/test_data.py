@@ -119,6 +119,8 @@ def test_the_last_plain_epochs_are_without_strong_augmentation(loader, strong):
         batches = batches_of(some, epoch, 1)
         assert all((lam == 1).all() for _, _, _, lam in batches) if len(batches[0]) == 4 else len(batches[0]) == 2
         assert_same_batches([batch[:2] for batch in batches], batches_of(plain, epoch, 1))
+    at_random = batches_of(loader(make_split(), parse("--epochs", "4"), "cpu"))  # the same crops, other flips
+    assert not torch.equal(at_random[0][0], batches_of(plain)[0][0])
 
 
 def test_batches_are_mixed_with_the_image_before():

@@ -103,7 +103,10 @@ def test_diverged_runs_do_not_flatten_the_others_and_are_marked(losses, top, mar
     ({"small_epochs": 1, "plain_epochs": 1, "mixup": 0.2}, "Training is measured with MixUp (not at the end), "
      "small images at first; evaluation without."),
     ({"trivial_augment": True, "cutmix": 1.0, "ema": 0.99},
-     "Training is measured with TrivialAugment, CutMix; evaluation without. Evaluation uses the averaged weights.")])
+     "Training is measured with TrivialAugment, CutMix; evaluation without. Evaluation uses the averaged weights."),
+    ({"label_smoothing": 0.1, "trivial_augment": True, "plain_epochs": 3, "small_epochs": 10, "ema": 0.9},
+     "Training is measured with label smoothing, TrivialAugment (not at the end), small images at first; evaluation "
+     "without. Evaluation uses the\naveraged weights.")])
 def test_curves_say_what_sets_training_apart(tmp_path, settings, note):
     assert plots.draw_curves(make_history(2), np.ones(20), settings, tmp_path / "c.png").get_supxlabel() == note
 

@@ -47,7 +47,8 @@ CHOICES = {
     "rest": ("plain", "smoothing", "mixing"),
 }
 FLAGS = {"warm-up": ["--scheduler", "cosine", "--warmup-epochs", "0.5"],
-         "smoothing": ["--label-smoothing", "0.1", "--grad-clip", "0", "--block", "preact", "--se", "block"],
+         "smoothing": ["--label-smoothing", "0.1", "--grad-clip", "0", "--block", "preact", "--se", "block",
+                       "--cutmix", "1", "--plain-epochs", "1"],
          "mixing": ["--mixup", "0.2", "--cutmix", "1", "--trivial-augment", "--ema", "0.9", "--small-epochs", "1",
                     "--bias-lr", "4", "--alternating-flip"]}
 
