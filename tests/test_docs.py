@@ -54,7 +54,7 @@ def test_tests_that_are_named_exist():
     assert named and [name for name in named if not (ROOT / "tests" / name).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["forty", "fast", "four"])
+@pytest.mark.parametrize("name", ["forty", "fast", "sixteen", "four"])
 def test_recipes_are_those_of_the_measured_runs(name):
     settings = vars(options.parse_args([f"@{ROOT}/recipes/{name}.txt"])[0])
     measured = json.loads((ROOT / "results" / name / "args.json").read_text())

@@ -94,7 +94,7 @@ def test_argument_files_hold_comments_quotes_and_other_files(tmp_path, monkeypat
     assert options.parse_args(["@../flags.txt", "--ema", "0.9"])[1] == {
         "epochs": 3, "output_dir": "my runs/it's # one", "seed": 7, "num_blocks": [2, 2], "ema": 0.9,
         "data_dir": "/home/me/data", "init_from": "/home/me/x.pt"}
-    assert options.parse_args(["@recipes/fast.txt"])[1]["epochs"] == 16  # from any folder
+    assert options.parse_args(["@recipes/fast.txt"])[1]["epochs"] == 27  # from any folder
 
 
 @pytest.mark.parametrize("content, words", [

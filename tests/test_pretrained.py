@@ -13,11 +13,11 @@ from augment import to_input
 from checkpoint import load_checkpoint
 from evaluate import load_checkpoint_model
 
-FILE, RUN = ROOT / "checkpoints/pretrained.pt", ROOT / "results/forty"
+FILE, RUN = ROOT / "checkpoints/pretrained.pt", ROOT / "results/fast"
 # Of the first three generated test images, in fp32.
-LOGITS = [[2.714, -0.662, -0.938, -0.090, -0.500, -0.368, 2.418, -0.896, -1.219, -0.448],
-          [1.381, -0.072, 1.797, -0.166, -1.177, -0.822, -1.675, -0.837, 1.187, 0.390],
-          [-1.065, -1.126, 1.692, 1.247, -0.904, -1.451, 2.038, -1.252, 1.651, -0.824]]
+LOGITS = [[2.157, -0.854, -0.983, -0.593, -0.711, -0.216, 3.624, -0.790, -1.211, -0.493],
+          [2.361, 0.392, 1.946, 0.006, -0.846, -0.944, -1.500, -1.802, 1.345, -1.036],
+          [-1.288, -1.038, 0.593, -0.127, 0.341, -1.456, 3.707, -0.962, -0.316, 0.326]]
 
 
 def test_the_file_is_the_one_that_was_measured():
@@ -45,7 +45,7 @@ def test_the_documents_give_the_results_of_the_run():
     card, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/model-card.md", "README.md"))
     tta, = re.findall(r"\| `pretrained.pt`, fp32 \| [\d.]+% \| ([\d.]+%) \|", card)
     assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% |" in card
-    row = next(line for line in readme.splitlines() if line.startswith("| `@recipes/forty.txt`"))
+    row = next(line for line in readme.splitlines() if line.startswith("| `@recipes/fast.txt`"))
     assert [cell.strip(" *") for cell in row.split("|")[2:5]] == [
         f"{results['last_accuracy']:.2f}%", tta, str(results["epochs"])]
     mean = json.loads((RUN / "corruptions.json").read_text())["mean"]

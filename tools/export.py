@@ -1,7 +1,7 @@
 """Export a trained network as ONNX, or as a small checkpoint to share.
 
 python tools/export.py checkpoints/se-resnet/best.pt --output se-resnet.onnx
-python tools/export.py checkpoints/forty/last.pt --output checkpoints/pretrained.pt
+python tools/export.py checkpoints/fast/last.pt --output checkpoints/pretrained.pt
 """
 
 import importlib.util
