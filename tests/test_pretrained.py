@@ -43,10 +43,11 @@ def test_the_documents_give_the_results_of_the_run():
     *_, last = csv.DictReader((RUN / "metrics.csv").open())
     assert float(last["test_accuracy"]) == results["last_accuracy"] == results["test_accuracy"]
     card, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/model-card.md", "README.md"))
-    tta, = re.findall(r"\| `pretrained.pt`, fp32 \| [\d.]+% \| ([\d.]+%) \|", card)
-    assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% |" in card
+    tta, = re.findall(r"test accuracy ([\d.]+%)", (RUN / "tta.txt").read_text())
+    assert f"| the run's `last.pt`, bf16 | {results['last_accuracy']:.2f}% | {tta} |" in card
     row = next(line for line in readme.splitlines() if line.startswith("| `@recipes/fast.txt`"))
     assert [cell.strip(" *") for cell in row.split("|")[2:5]] == [
         f"{results['last_accuracy']:.2f}%", tta, str(results["epochs"])]
-    mean = json.loads((RUN / "corruptions.json").read_text())["mean"]
-    assert f"**{mean:.2f}%**" in card
+    fp32 = json.loads((RUN / "tta.json").read_text())["accuracy"].values()
+    assert "| `pretrained.pt`, fp32 | {0:.2f}% | {2:.2f}% |".format(*fp32) in card
+    assert f"**{json.loads((RUN / 'corruptions.json').read_text())['mean']:.2f}%**" in card

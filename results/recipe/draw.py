@@ -66,7 +66,8 @@ def main() -> None:
     axes.tick_params(length=0, colors=plots.MUTED)
     axes.grid(axis="x", color=plots.GRID)
     axes.set_axisbelow(True)
-    axes.set_title("Difference in held-out accuracy, in points, at equal compute\n(blue: kept; dots: single seeds)",
+    axes.set_title("Difference in held-out accuracy, in points, at equal compute\n"
+                   "(blue: kept; number: mean of the seeds; dots: each seed, if several)",
                    loc="left", color=plots.INK, fontsize=11)
     plots.save(figure, HERE / "ideas.png")
 
