@@ -12,6 +12,8 @@ import plots
 # Each idea, its run, and the run that it is compared with.
 IDEAS = {
     "Muon (lr 0.05) instead of SGD": ("muon.05", "sgd"),
+    "SGD with lr 0.05": ("sgd.05", "sgd"),
+    "SGD with lr 0.2": ("sgd.2", "sgd"),
     "Muon with lr 0.1": ("muon.1", "muon.05"),
     "images of 24 pixels for half of the steps": ("small24", "muon.05"),
     "images of 16 pixels instead": ("small16", "small24"),
@@ -29,6 +31,8 @@ IDEAS = {
     "scale of each block's last batch norm from 0": ("zeroinit", "biaslr8"),
     "label smoothing 0.2 instead of 0.1": ("ls.2", "biaslr8"),
     "batch 256, Muon with lr 0.07": ("batch256", "biaslr8"),
+    "batch 512, Muon with lr 0.1": ("batch512", "biaslr8"),
+    "weight decay, not constant length, with Muon": ("decay", "biaslr8"),
     "cutout of 8 pixels": ("cutout8", "biaslr8"),
     "the harder half of each batch": ("hard", "biaslr8"),
     "nothing but another seed": ("biaslr8.s1", "biaslr8"),
@@ -60,7 +64,7 @@ def main() -> None:
                       va="center", ha="left" if gain >= 0 else "right", color=plots.INK, fontsize=9)
     axes.set_yticks(range(len(IDEAS)), IDEAS, color=plots.INK)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(0.12, 0.02)
     axes.axvline(0, color=plots.MUTED, linewidth=1)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=plots.MUTED)
