@@ -28,6 +28,7 @@ IDEAS = {
     "Lookahead, batch norm with momentum 0.4": ("lookahead", "biaslr8"),
     "no weight decay of biases and batch norm": ("nodecay", "biaslr8"),
     "alternating flip": ("altflip", "biaslr8"),
+    "alternating flip, three times the computation": ("long.altflip", "long"),
     "scale of each block's last batch norm from 0": ("zeroinit", "biaslr8"),
     "label smoothing 0.2 instead of 0.1": ("ls.2", "biaslr8"),
     "batch 256, Muon with lr 0.07": ("batch256", "biaslr8"),
